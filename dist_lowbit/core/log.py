@@ -1,0 +1,26 @@
+"""The one logger. Ranks other than 0 speak only at WARNING and above."""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("dist_lowbit")
+
+
+def configure(level: str, rank: int = 0) -> None:
+    """Set the level of dist_lowbit's logger for this process.
+
+    `level` is a name of the logging module, in any case. Rank 0 speaks for all: other ranks are raised to
+    WARNING unless DEBUG was asked for.
+    """
+    wanted = logging.getLevelName(level.upper())
+    if not isinstance(wanted, int):
+        raise ValueError(f"unknown log level {level!r}")
+    if rank != 0 and wanted > logging.DEBUG:
+        wanted = max(wanted, logging.WARNING)
+    logger.setLevel(wanted)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("dist_lowbit: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False

@@ -1,0 +1,64 @@
+"""The settings that come from the environment: one struct, one prefix, read once.
+
+Anything that belongs to a call is an argument of that call; a setting is what an operator wants to change
+without touching a program.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from .errors import UsageError
+
+PREFIX = "DIST_LOWBIT_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The environment, parsed. Times are in seconds."""
+
+    isa: str = "auto"  # forces one ISA of the compiled kernels: scalar, avx2, ...
+    backend: str = "auto"  # collective backend: auto, single, shm, gloo, ...
+    compute: str = "int8"  # activations of integer formats: int8 (dynamic, per block) or fp32
+    timeout: float = 60.0  # a peer silent for longer than this ends the job
+    load_timeout: float = 1800.0  # the same while models load
+    log: str = "warning"
+    library: str = ""  # path of the compiled kernels, instead of the installed one; "none" for pure torch
+
+
+def parse(environ: Mapping[str, str]) -> Settings:
+    """Return the settings in `environ`; an unknown name with our prefix or a bad value is a UsageError."""
+    known = Settings.__dataclass_fields__
+    values: dict[str, object] = {}
+    for key, text in environ.items():
+        if not key.startswith(PREFIX):
+            continue
+        name = key[len(PREFIX) :].lower()
+        if name.startswith(("test_", "launch_")):  # read by the test-suite and set by the launcher
+            continue
+        if name not in known:
+            names = ", ".join(PREFIX + n.upper() for n in known)
+            raise UsageError(f"{key} is no setting; the settings are {names}")
+        if isinstance(known[name].default, float):
+            try:
+                number = float(text)
+            except ValueError:
+                raise UsageError(f"{key} is {text!r}; expected a number of seconds") from None
+            if not number > 0:
+                raise UsageError(f"{key} is {text!r}; expected more than 0 seconds")
+            values[name] = number
+        else:
+            values[name] = text
+    result = Settings(**values)  # type: ignore[arg-type]
+    if result.compute not in ("int8", "fp32"):
+        raise UsageError(f"{PREFIX}COMPUTE is {result.compute!r}; expected int8 or fp32")
+    return result
+
+
+@cache
+def settings() -> Settings:
+    """Return this process's settings, read from the environment at the first call."""
+    return parse(os.environ)
