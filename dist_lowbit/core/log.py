@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from .errors import UsageError
+
 logger = logging.getLogger("dist_lowbit")
 
 
@@ -13,9 +15,10 @@ def configure(level: str, rank: int = 0) -> None:
     `level` is a name of the logging module, in any case. Rank 0 speaks for all: other ranks are raised to
     WARNING unless DEBUG was asked for.
     """
-    wanted = logging.getLevelName(level.upper())
-    if not isinstance(wanted, int):
-        raise ValueError(f"unknown log level {level!r}")
+    levels = logging.getLevelNamesMapping()
+    if level.upper() not in levels:
+        raise UsageError(f"DIST_LOWBIT_LOG is {level!r}; expected one of {', '.join(map(str.lower, levels))}")
+    wanted = levels[level.upper()]
     if rank != 0 and wanted > logging.DEBUG:
         wanted = max(wanted, logging.WARNING)
     logger.setLevel(wanted)

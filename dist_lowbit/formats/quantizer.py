@@ -5,6 +5,7 @@ Codes are computed against the scale as it is stored (fp16), so rounding the sca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -58,7 +59,8 @@ def _encode_affine(row: Format, x: torch.Tensor) -> Encoded:
 
 def _encode_codebook(row: Format, x: torch.Tensor) -> Encoded:
     table = torch.tensor(row.codebook)
-    order = [c for c in sorted(range(len(table)), key=lambda c: (row.codebook[c], c)) if table[c].isfinite()]
+    finite = [c for c, value in enumerate(row.codebook) if math.isfinite(value)]
+    order = sorted(finite, key=lambda c: (row.codebook[c], c))
     values = table[order]
     scale, s = _store(x.abs().amax(-1) / row.span, row.scale_dtype)
     safe = torch.where(s == 0, torch.ones_like(s), s)[..., None]
@@ -168,7 +170,7 @@ def error_bound(w_NK: torch.Tensor, format: str | Format, group_size: int | None
         tiny = 0.5 * torch.finfo(row.dtype).smallest_normal * torch.finfo(row.dtype).eps
         return (x.abs() * row.error).clamp(min=tiny)
     group_size = check_group_size(row, group_size)
-    n, k = w_NK.shape
+    k = w_NK.shape[1]
     group = k if group_size == -1 else group_size
     bound = torch.zeros_like(x)
     for first in range(0, k, group):

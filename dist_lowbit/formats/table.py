@@ -8,6 +8,7 @@ largest magnitude (symmetric and codebook formats), max - min (asymmetric ones),
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -85,7 +86,7 @@ def _asym(name: str, planes: tuple[int, ...], offset: str = "min") -> Format:
 def _book(name: str, planes: tuple[int, ...], codebook: tuple[float, ...]) -> Format:
     # scale = absmax / largest entry; a value lies at most half the widest gap from an entry.
     finite = sorted(v for v in codebook if abs(v) < float("inf"))
-    gap = max(b - a for a, b in zip(finite, finite[1:], strict=False))
+    gap = max(b - a for a, b in pairwise(finite))
     return Format(name, "codebook", planes, 0.5 * gap / max(finite), codebook=codebook)
 
 
