@@ -6,6 +6,7 @@ without touching a program.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,11 +31,14 @@ class Settings:
 
 
 def parse(environ: Mapping[str, str]) -> Settings:
-    """Return the settings in `environ`; an unknown name with our prefix or a bad value is a UsageError."""
+    """Return the settings in `environ`; an unknown name with our prefix or a bad value is a UsageError.
+
+    An empty value is the same as none, as in most programs.
+    """
     known = Settings.__dataclass_fields__
     values: dict[str, object] = {}
     for key, text in environ.items():
-        if not key.startswith(PREFIX):
+        if not key.startswith(PREFIX) or not text:
             continue
         name = key[len(PREFIX) :].lower()
         if name.startswith(("test_", "launch_")):  # read by the test-suite and set by the launcher
@@ -47,8 +51,8 @@ def parse(environ: Mapping[str, str]) -> Settings:
                 number = float(text)
             except ValueError:
                 raise UsageError(f"{key} is {text!r}; expected a number of seconds") from None
-            if not number > 0:
-                raise UsageError(f"{key} is {text!r}; expected more than 0 seconds")
+            if not 0 < number < math.inf:
+                raise UsageError(f"{key} is {text!r}; expected more than 0 seconds, and an end")
             values[name] = number
         else:
             values[name] = text

@@ -15,7 +15,7 @@ import torch
 from dist_lowbit.core.errors import FormatError
 
 from .bits import join_planes, packed_width
-from .table import Format
+from .table import Format, check_group_size
 
 BLOCK = 64  # summation block where a format has no groups, or one per row
 
@@ -33,7 +33,12 @@ class PartLayout:
     unit: tuple[int, int]
 
 
-@dataclass(frozen=True)
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes, so that a comparison tells -0.0 from 0.0."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """A stored tensor of a packed weight, with its unit (see PartLayout)."""
 
@@ -71,7 +76,7 @@ def summation_block(group_size: int) -> int:
     return BLOCK if group_size == -1 else group_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A matrix of logical shape (N, K) in a format: named parts, and no layout of any machine."""
 
@@ -81,14 +86,18 @@ class PackedWeight:
     parts: dict[str, Part]
 
     def __post_init__(self) -> None:
+        if check_group_size(self.format, self.group_size) != self.group_size:
+            raise FormatError(
+                f"a {self.format.name} weight has no groups; its group_size is {self.group_size}, expected -1"
+            )
         layout = part_layout(self.format, self.shape, self.group_size)
         for name, want in layout.items():
             have = self.parts.get(name)
-            if have is None or have.tensor.dtype != want.dtype or tuple(have.tensor.shape) != want.shape:
-                found = "nothing" if have is None else f"{have.tensor.dtype} {tuple(have.tensor.shape)}"
+            found = f"{have.tensor.dtype} {tuple(have.tensor.shape)} of unit {have.unit}" if have else "missing"
+            expected = f"{want.dtype} {want.shape} of unit {want.unit}"
+            if found != expected:
                 raise FormatError(
-                    f"part {name} of a {self.format.name} weight {self.shape} is {found}; "
-                    f"expected {want.dtype} {want.shape}"
+                    f"part {name} of a {self.format.name} weight {self.shape} is {found}; expected {expected}"
                 )
         if self.parts.keys() != layout.keys():
             extra = ", ".join(sorted(self.parts.keys() - layout.keys()))
@@ -117,13 +126,19 @@ class PackedWeight:
         """Return the parts' tensors by name."""
         return {name: part.tensor for name, part in self.parts.items()}
 
+    def equal(self, other: PackedWeight) -> bool:
+        """Return whether both have the same format, shape and group size, and every part the same bits."""
+        mine, theirs = self.tensors(), other.tensors()
+        same = (self.format, self.shape, self.group_size) == (other.format, other.shape, other.group_size)
+        return same and all(torch.equal(_bits(mine[name]), _bits(theirs[name])) for name in mine)
+
     def codes(self) -> torch.Tensor:
         """Return the codes, uint8 [N, K]; casts have none."""
         planes = [self.parts[f"plane{i}"].tensor for i in range(len(self.format.planes))]
         return join_planes(planes, self.format.planes, self.shape[1])
 
     def split(self, axis: int, start: int, stop: int) -> PackedWeight:
-        """Return the part [start, stop) along an axis (0 = N, 1 = K), as contiguous copies.
+        """Return the part [start, stop) along an axis (0 = N, 1 = K), as contiguous copies (no views of this weight).
 
         Legal where start and stop are multiples of `grain` or the end of the axis; else a FormatError.
         """
@@ -142,8 +157,8 @@ class PackedWeight:
             tensor = part.tensor
             if unit:
                 first, last = -(-start // unit), -(-stop // unit)
-                tensor = tensor.narrow(axis, first, last - first).contiguous()
-            parts[name] = Part(tensor, part.unit)
+                tensor = tensor.narrow(axis, first, last - first)
+            parts[name] = Part(tensor.clone(memory_format=torch.contiguous_format), part.unit)
         return PackedWeight(self.format, shape, self.group_size, parts)
 
 
@@ -152,6 +167,8 @@ def merge(weights: Sequence[PackedWeight], axis: int) -> PackedWeight:
 
     All but the last non-empty one must end on a multiple of `grain`; constant parts must be equal. Else a FormatError.
     """
+    if not weights:
+        raise FormatError("cannot merge no weights; expected at least one")
     first = weights[0]
     step = grain(first.format, first.group_size, axis)
     total = 0
@@ -172,7 +189,7 @@ def merge(weights: Sequence[PackedWeight], axis: int) -> PackedWeight:
             tensor = torch.cat(tensors, axis)
         else:
             tensor = tensors[0]
-            if any(not torch.equal(tensor, other) for other in tensors[1:]):
+            if any(not torch.equal(_bits(tensor), _bits(other)) for other in tensors[1:]):
                 raise FormatError(f"cannot merge: part {name}, constant along {'NK'[axis]}, differs between shards")
         parts[name] = Part(tensor, part.unit)
     shape = (total, first.shape[1]) if axis == 0 else (first.shape[0], total)

@@ -17,14 +17,15 @@ from .packed import PackedWeight, part_layout
 from .table import Format, check_group_size, lookup
 
 # Rows are quantized in slices of about this many elements, so that temporaries stay small beside the weight.
-_SLICE = 1 << 22
+_SLICE = 1 << 20
+_SOURCES = (torch.float32, torch.float16, torch.bfloat16)
 
 Encoded = dict[str, torch.Tensor]  # codes [n, B, G] uint8, and scale / min / zero_point [n, B]
 
 
 def _store(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values rounded to the stored dtype, and what they read back as in fp32."""
-    stored = values.to(dtype)
+    """Return values rounded to the stored dtype, and what they read back as in fp32. No -0.0: zero has one pattern."""
+    stored = values.to(dtype) + 0.0
     return stored, stored.float()
 
 
@@ -59,16 +60,16 @@ def _encode_affine(row: Format, x: torch.Tensor) -> Encoded:
 
 def _encode_codebook(row: Format, x: torch.Tensor) -> Encoded:
     table = torch.tensor(row.codebook)
-    finite = [c for c, value in enumerate(row.codebook) if math.isfinite(value)]
-    order = sorted(finite, key=lambda c: (row.codebook[c], c))
+    # Each finite value by its lowest code: -0.0 is the value 0.0 again and is never written.
+    lowest = {value: c for c, value in reversed(list(enumerate(row.codebook))) if math.isfinite(value)}
+    order = [lowest[value] for value in sorted(lowest)]
     values = table[order]
     scale, s = _store(x.abs().amax(-1) / row.span, row.scale_dtype)
     safe = torch.where(s == 0, torch.ones_like(s), s)[..., None]
     # A value on the midpoint of two entries takes the lower one: bucketize counts midpoints strictly below it.
     nearest = torch.bucketize(x / safe, (values[1:] + values[:-1]) / 2)
     codes = torch.tensor(order, dtype=torch.uint8)[nearest]
-    zero_code = int((table == 0).nonzero()[0])
-    return {"codes": torch.where(s[..., None] == 0, zero_code, codes).to(torch.uint8), "scale": scale}
+    return {"codes": torch.where(s[..., None] == 0, lowest[0.0], codes).to(torch.uint8), "scale": scale}
 
 
 _ENCODERS: dict[str, Callable[[Format, torch.Tensor], Encoded]] = {
@@ -77,11 +78,20 @@ _ENCODERS: dict[str, Callable[[Format, torch.Tensor], Encoded]] = {
 }
 
 
-def _check_finite(w_NK: torch.Tensor, name: str) -> None:
+def _check_source(w_NK: torch.Tensor, name: str) -> None:
+    if w_NK.ndim != 2 or w_NK.dtype not in _SOURCES or w_NK.device.type != "cpu":
+        raise FormatError(
+            f"{name} is a {w_NK.dtype} tensor of shape {tuple(w_NK.shape)} on {w_NK.device}; "
+            f"expected a float32, float16 or bfloat16 matrix on the CPU"
+        )
+
+
+def _check_finite(w_NK: torch.Tensor, name: str, first: int) -> None:
     bad = ~torch.isfinite(w_NK)
     if bool(bad.any()):
         n, k = (int(i) for i in bad.nonzero()[0])
-        raise FormatError(f"{name} holds {float(w_NK[n, k])} at [{n}, {k}]; a weight to quantize must be finite")
+        value = float(w_NK[n, k])
+        raise FormatError(f"{name} holds {value} at [{first + n}, {k}]; a weight to quantize must be finite")
 
 
 def _check_stored(tensor: torch.Tensor, part: str, row: Format, name: str) -> None:
@@ -92,10 +102,10 @@ def _check_stored(tensor: torch.Tensor, part: str, row: Format, name: str) -> No
         )
 
 
-def _quantize_rows(w_NK: torch.Tensor, row: Format, group_size: int, name: str) -> dict[str, torch.Tensor]:
+def _quantize_rows(w_NK: torch.Tensor, row: Format, group_size: int, name: str, first: int) -> dict[str, torch.Tensor]:
     n, k = w_NK.shape
     x = w_NK.float()
-    _check_finite(x, name)
+    _check_finite(x, name, first)
     if row.dtype is not None:
         values = w_NK.to(row.dtype)
         _check_stored(values, "value", row, name)
@@ -121,25 +131,22 @@ def quantize(
     row; the last group may be short). `name` is for messages. NaN, Inf and overflowing scales are a FormatError.
     Cost: one pass, with temporaries of a few million elements whatever the size.
     """
-    row = lookup(format) if isinstance(format, str) else format
+    row = format if isinstance(format, Format) else lookup(format)
     group_size = check_group_size(row, group_size)
+    _check_source(w_NK, name)
     n, k = w_NK.shape
     layout = part_layout(row, (n, k), group_size)
     out = {part: torch.zeros(want.shape, dtype=want.dtype) for part, want in layout.items()}
     rows = max(1, _SLICE // max(k, 1))
     for first in range(0, n if k else 0, rows):
-        piece = _quantize_rows(w_NK[first : first + rows].detach(), row, group_size, name)
+        piece = _quantize_rows(w_NK[first : first + rows].detach(), row, group_size, name, first)
         for part, tensor in piece.items():
             out[part][first : first + rows] = tensor
     return PackedWeight.from_tensors(row, (n, k), group_size, out)
 
 
-def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return the values [N, K] that a packed weight stands for, computed in fp32 and rounded once to `dtype`."""
-    row, (_, k) = weight.format, weight.shape
-    parts = weight.tensors()
-    if row.dtype is not None:
-        return parts["values"].to(dtype)
+def _dequantize_rows(weight: PackedWeight) -> torch.Tensor:
+    row, parts, k = weight.format, weight.tensors(), weight.shape[1]
 
     def spread(part: str) -> torch.Tensor:
         value = parts[part].float()
@@ -147,31 +154,48 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torc
 
     codes = weight.codes()
     if row.codec == "codebook":
-        x = torch.tensor(row.codebook, device=codes.device)[codes.int()] * spread("scale")
-    elif row.offset == "zero_point":
-        x = (codes.float() - spread("zero_point")) * spread("scale")
-    else:
-        x = (codes.float() - row.center) * spread("scale")
-        if row.offset == "min":
-            x = x + spread("min")
-    return x.to(dtype)
+        return torch.tensor(row.codebook, device=codes.device)[codes.int()] * spread("scale")
+    if row.offset == "zero_point":
+        return (codes.float() - spread("zero_point")) * spread("scale")
+    x = (codes.float() - row.center) * spread("scale")
+    return x + spread("min") if row.offset == "min" else x
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the values [N, K] that a packed weight stands for, computed in fp32 and rounded once to `dtype`.
+
+    A cast format asked for in its own dtype gives its stored tensor, not a copy.
+    Cost: one pass, with temporaries of a few million elements whatever the size.
+    """
+    n, k = weight.shape
+    if weight.format.dtype is not None:
+        return weight.parts["values"].tensor.to(dtype)
+    out = torch.empty((n, k), dtype=dtype, device=weight.parts["scale"].tensor.device)
+    rows = max(1, _SLICE // max(k, 1))
+    for first in range(0, n, rows):
+        out[first : first + rows] = _dequantize_rows(weight.split(0, first, min(first + rows, n)))
+    return out
 
 
 def error_bound(w_NK: torch.Tensor, format: str | Format, group_size: int | None = None) -> torch.Tensor:
     """Return the largest |w - dequantize(quantize(w))| that the format allows, fp64 [N, K].
 
-    The row's `error` times the group's range (see table.py), plus what the stored scale and min lose: fp16 rounds
-    by 2^-11 of the value, or 2^-25 where that is subnormal, `span` scales away from the anchor; plus 4 ulp of
-    the range for the fp32 arithmetic in between.
+    Two cases, of which the worse counts. Between the group's ends: the row's `error` (see table.py) of a range whose
+    scale was rounded up. Beyond an end that the rounded scale or min no longer reaches: `span` roundings of the scale
+    and one of the min, on top of `error` for the rows that clip anyway. fp16 rounds by 2^-11 of the value, or by 2^-25
+    where that is subnormal. Both get 4 ulp of the group's largest value for the fp32 arithmetic in between.
     """
-    row = lookup(format) if isinstance(format, str) else format
-    x = w_NK.double()
+    row = format if isinstance(format, Format) else lookup(format)
+    x = w_NK.detach().double()
     if row.dtype is not None:
         tiny = 0.5 * torch.finfo(row.dtype).smallest_normal * torch.finfo(row.dtype).eps
-        return (x.abs() * row.error).clamp(min=tiny)
+        return (x.abs() * row.error).clamp(min=tiny) if row.error else torch.zeros_like(x)
     group_size = check_group_size(row, group_size)
     k = w_NK.shape[1]
-    group = k if group_size == -1 else group_size
+    group = max(k, 1) if group_size == -1 else group_size
+    clips = row.full_range if row.offset == "none" and row.codec == "affine" else row.offset == "zero_point"
+    rounding = 0.5 * torch.finfo(row.scale_dtype).eps
+    tiny = rounding * torch.finfo(row.scale_dtype).smallest_normal
     bound = torch.zeros_like(x)
     for first in range(0, k, group):
         part = x[:, first : first + group]
@@ -179,8 +203,10 @@ def error_bound(w_NK: torch.Tensor, format: str | Format, group_size: int | None
         if row.offset == "zero_point":
             low, high = low.clamp(max=0), high.clamp(min=0)
         extent = peak if row.offset == "none" else high - low
-        lost = row.span * (extent / row.span * 2.0**-11).clamp(min=2.0**-25)
+        lost = (extent / row.span * rounding).clamp(min=tiny)  # by the scale
+        inside = row.error * (extent + row.span * lost)
+        beyond = row.error * extent * clips + row.span * lost
         if row.offset == "min":
-            lost = lost + (low.abs() * 2.0**-11).clamp(min=2.0**-25)
-        bound[:, first : first + group] = (row.error * extent + lost + 4 * 2.0**-23 * peak)[:, None]
+            beyond = beyond + (low.abs() * rounding).clamp(min=tiny)
+        bound[:, first : first + group] = (torch.maximum(inside, beyond) + 4 * 2.0**-23 * peak)[:, None]
     return bound

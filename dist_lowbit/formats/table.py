@@ -90,9 +90,10 @@ def _book(name: str, planes: tuple[int, ...], codebook: tuple[float, ...]) -> Fo
     return Format(name, "codebook", planes, 0.5 * gap / max(finite), codebook=codebook)
 
 
-def _cast(name: str, dtype: torch.dtype, precision: int) -> Format:
-    # Round to nearest: half a unit in the last of `precision` binary digits.
-    return Format(name, "cast", (), 2.0**-precision, group_size=-1, dtype=dtype)
+def _cast(name: str, dtype: torch.dtype) -> Format:
+    # Round to nearest: half a unit in the last binary digit; fp32 holds every source exactly.
+    error = 0.0 if dtype is torch.float32 else 0.5 * torch.finfo(dtype).eps
+    return Format(name, "cast", (), error, group_size=-1, dtype=dtype)
 
 
 _ROWS = (
@@ -106,10 +107,10 @@ _ROWS = (
     _book("fp4", (4,), FP4_E2M1),
     _book("fp8_e4m3", (8,), FP8_E4M3),
     _book("fp8_e5m2", (8,), FP8_E5M2),
-    _cast("fp16", torch.float16, 11),
-    _cast("bf16", torch.bfloat16, 8),
+    _cast("fp16", torch.float16),
+    _cast("bf16", torch.bfloat16),
     # Rows for imports, calibration and modules kept in high precision.
-    _cast("fp32", torch.float32, 24),
+    _cast("fp32", torch.float32),
     _sym("sym_int2", (2,)),
     _sym("sym_int3", (2, 1)),
     _sym("sym_int6", (4, 2)),
@@ -143,6 +144,6 @@ def check_group_size(row: Format, group_size: int | None) -> int:
         return -1
     if group_size is None:
         return row.group_size
-    if group_size != -1 and (group_size < 32 or group_size % 32):
-        raise FormatError(f"group_size is {group_size}; expected a multiple of 32, or -1 for one group per row")
+    if type(group_size) is not int or (group_size != -1 and (group_size < 32 or group_size % 32)):
+        raise FormatError(f"group_size is {group_size!r}; expected a multiple of 32, or -1 for one group per row")
     return group_size
