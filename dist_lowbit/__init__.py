@@ -1,3 +1,32 @@
-"""Low-bit LLM inference, tensor-parallel over Intel CPU sockets and GPUs."""
+"""Low-bit LLM inference, tensor-parallel over Intel CPU sockets and GPUs.
+
+Public names load on first use, so that the launcher and `--help` start without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
 
 __version__ = "0.1.0"
+
+_FACES = {
+    "optimize_model": "dist_lowbit.optimize",
+    "load_low_bit": "dist_lowbit.optimize",
+    "low_memory_init": "dist_lowbit.optimize",
+    "convert": "dist_lowbit.optimize",
+    "init_group": "dist_lowbit.comm",
+}
+
+__all__ = ["__version__", *_FACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_FACES[name]), name)
+
+
+if "transformers" in sys.modules:  # its from_pretrained shall know our directories from here on
+    importlib.import_module("dist_lowbit.assembly.hf_quantizer").register()

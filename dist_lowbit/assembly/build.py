@@ -1,0 +1,152 @@
+"""Swap the modules of a model for their low-bit, split stand-ins, and give every other tensor its values."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_lowbit.comm import Group
+from dist_lowbit.core.errors import CheckpointError
+from dist_lowbit.decoder import IdleAttention, use_attention
+from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split
+from dist_lowbit.parallel.plan import Heads
+from dist_lowbit.quantize import Recipe
+
+from .progress import track
+from .target import Target
+from .weights import Weights
+
+STATE = "_dist_lowbit"  # the attribute of a model that holds its LowBitState
+
+
+@dataclass(frozen=True)
+class LowBitState:
+    """What a built model remembers: how it was quantized, planned and grouped."""
+
+    recipe: Recipe
+    target: Target
+    group: Group
+    kept: frozenset[str]  # planned modules that were left as they are
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowBitState:
+        # A copy of a model runs in the same group: the connection to other processes has no second copy.
+        return self
+
+
+def state_of(model: nn.Module) -> LowBitState | None:
+    """Return what build noted on a model, None for a model it has not built."""
+    return getattr(model, STATE, None)
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, by dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _swap(
+    model: nn.Module, name: str, split: Split, weights: Weights, group: Group, dtype: torch.dtype, compute: str
+) -> None:
+    packed = weights.packed(name, split, group.rank)
+    if isinstance(model.get_submodule(name), nn.Embedding):
+        values = packed.parts["values"].tensor
+        set_submodule(model, name, ParallelEmbedding(values, split, group, dtype))
+        return
+    bias = weights.tensor(f"{name}.bias", split, group.rank)
+    set_submodule(model, name, LowBitLinear(packed, bias, split, group, compute))
+
+
+def other_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and persistent buffers that lie outside the swapped modules."""
+    swapped = tuple(
+        f"{name}." for name, m in model.named_modules() if isinstance(m, (LowBitLinear, ParallelEmbedding))
+    )
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if not name.startswith(swapped)}
+
+
+def _fill(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
+    """Give each remaining tensor its values in `dtype` (integers keep theirs)."""
+    for name, old in other_tensors(model).items():
+        value = weights.tensor(name)
+        if value is None:
+            raise CheckpointError(f"no tensor {name} is there to load; the model expects one of shape {tuple(old.shape)}")
+        if value.shape != old.shape:
+            raise CheckpointError(f"tensor {name} has shape {tuple(value.shape)}; the model expects {tuple(old.shape)}")
+        if value.is_floating_point():
+            value = value.to(dtype)
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if isinstance(old, nn.Parameter):
+            # A parameter shared by two names stays shared when its values are set in place.
+            if old.is_meta or old.dtype != value.dtype:
+                owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+            elif old.data_ptr() != value.data_ptr():
+                old.data.copy_(value)
+        else:
+            owner.register_buffer(leaf, value)
+    for module in model.modules():  # buffers that no file holds: positions, masks
+        if isinstance(module, LowBitLinear):
+            continue
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if leaf in module._non_persistent_buffers_set and buffer.is_floating_point() and not buffer.is_meta:
+                module.register_buffer(leaf, buffer.to(torch.promote_types(dtype, buffer.dtype)), persistent=False)
+
+
+def _localize_attention(model: nn.Module, target: Target, rank: int) -> None:
+    """Tell each attention module which heads it holds; one without any gives way to IdleAttention."""
+    family = target.family
+    if family is None:
+        return
+    for name, per_rank in target.plan.heads.items():
+        heads: Heads = per_rank[rank]
+        module = model.get_submodule(name)
+        if heads.heads == 0:
+            set_submodule(model, name, IdleAttention(module))
+            continue
+        module.kv_index = heads.kv_index  # type: ignore[assignment]
+        for attribute, field in family.local_heads.items():
+            value = getattr(heads, field)
+            owner, _, leaf = attribute.rpartition(".")
+            if owner:  # the config is shared with all other modules: this one gets its own
+                setattr(module, owner, copy.copy(getattr(module, owner)))
+                setattr(getattr(module, owner), leaf, value)
+            else:
+                setattr(module, leaf, value)
+
+
+def build(
+    model: nn.Module,
+    target: Target,
+    weights: Weights,
+    group: Group,
+    recipe: Recipe,
+    kept: frozenset[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    compute: str = "int8",
+    optimize_llm: bool = True,
+) -> nn.Module:
+    """Turn a model, live or on meta, into this rank's low-bit one, in place, and return it.
+
+    kept: planned Linears to leave as they are; where the plan cuts them they become casts of their own dtype.
+    dtype: of activations and of every tensor that is not quantized. optimize_llm: use the project's attention
+    (always where heads are cut). Peak memory: this rank's part, plus one matrix.
+    """
+    cut = target.plan.tp > 1 and target.family is not None
+    left = frozenset() if cut else kept
+    todo = [(name, split) for name, split in target.plan.splits.items() if name not in left]
+    for name, split in track(todo, "loading", group.rank):
+        _swap(model, name, split, weights, group, dtype, compute)
+    _fill(model, weights, dtype)
+    if target.family is not None and (optimize_llm or cut):
+        use_attention(model)
+    if cut:
+        _localize_attention(model, target, group.rank)
+    if hasattr(model, "config") and getattr(model.config, "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = False  # head and embedding are two tensors from here on
+    setattr(model, STATE, LowBitState(recipe, target, group, left))
+    return model.eval().requires_grad_(False)

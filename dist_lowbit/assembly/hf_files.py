@@ -1,0 +1,93 @@
+"""Hugging Face's own files beside lowbit.json: config, generation config, tokenizer, and a stub for its loader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from dist_lowbit.checkpoint import is_checkpoint
+from dist_lowbit.core.errors import UsageError
+from dist_lowbit.quantize import Recipe
+
+QUANT_METHOD = "dist_lowbit"
+# transformers refuses a directory without one of its weight files; this one holds no tensor.
+STUB = "model.safetensors"
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+)
+
+
+def check_target(directory: Path) -> None:
+    """Create a directory to save into; one that holds another model's weights is a UsageError."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file; expected a directory to save into")
+    if directory.is_dir() and not is_checkpoint(directory):
+        foreign = [
+            path.name
+            for path in sorted(directory.iterdir())
+            if path.suffix in (".safetensors", ".bin") and not path.name.startswith("lowbit-") and path.name != STUB
+        ]
+        stub = directory / STUB
+        if stub.is_file() and stub.stat().st_size > 4096:
+            foreign.append(STUB)
+        if foreign:
+            raise UsageError(
+                f"{directory} holds another model's weights ({foreign[0]}); choose an empty directory to save into"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def quantization_config(recipe: Recipe) -> dict[str, Any]:
+    """Return what config.json says of the quantization, for Hugging Face's registry."""
+    return {"quant_method": QUANT_METHOD, "low_bit": recipe.format.name, "group_size": recipe.group_size}
+
+
+def write_stub(directory: Path) -> None:
+    """Write the weight file that transformers looks for."""
+    save_file({}, str(directory / STUB), metadata={"format": "pt", "weights": "see lowbit.json"})
+
+
+def write_hf_files(model: nn.Module, directory: Path, recipe: Recipe, source: Path | None = None) -> None:
+    """Write config, generation config and stub of a Hugging Face model, and copy its tokenizer where it is known.
+
+    source: the directory the model came from (None: the one its config names, if that is one).
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return
+    values = config.to_dict()
+    values["quantization_config"] = quantization_config(recipe)
+    values["tie_word_embeddings"] = False
+    values.setdefault("architectures", None)
+    values["architectures"] = values["architectures"] or [type(model).__name__]
+    (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(directory)
+    write_stub(directory)
+    origin = source or Path(getattr(config, "_name_or_path", "") or "/nonexistent")
+    if origin.is_dir() and origin.resolve() != directory.resolve():
+        copy_tokenizer(origin, directory)
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy the tokenizer's files, and the model's own Python files, which are not run here."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and (path.name in _TOKENIZER_FILES or path.suffix == ".py"):
+            shutil.copyfile(path, directory / path.name)

@@ -1,0 +1,81 @@
+"""Our entry in Hugging Face's quantizer registry: `AutoModel...from_pretrained(saved_dir)` loads our directories.
+
+transformers builds the model on meta and asks the quantizer to prepare it; we take every planned module out, let it
+find nothing to load, and then load the checkpoint ourselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from dist_lowbit.core.errors import UsageError
+
+from .build import set_submodule
+from .hf_files import QUANT_METHOD
+from .load import load_low_bit, require_checkpoint
+from .target import linears
+
+
+class LowBitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The note in config.json; everything that matters stands in lowbit.json."""
+
+    def __init__(self, low_bit: str = "sym_int4", group_size: int | None = None, **kwargs: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.low_bit = low_bit
+        self.group_size = group_size
+
+
+class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads a directory written by save_low_bit or convert."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # Every Linear and embedding gives way, so that transformers allocates and initialises none of them.
+        self._places = {name: model.get_submodule(name) for name in linears(model)}
+        self._places |= {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+        for name in self._places:
+            set_submodule(model, name, nn.Identity())
+        self._ignored = getattr(model, "_keys_to_ignore_on_load_missing", None)
+        model._keys_to_ignore_on_load_missing = [r".*"]  # type: ignore[assignment]
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, module in self._places.items():
+            set_submodule(model, name, module)
+        model._keys_to_ignore_on_load_missing = self._ignored  # type: ignore[assignment]
+        return load_low_bit(model, require_checkpoint(model.config._name_or_path))
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what this loader does not do: device maps beyond the CPU."""
+        device_map = kwargs.get("device_map")
+        if device_map is not None and set(device_map.values() if isinstance(device_map, dict) else [device_map]) - {
+            "cpu",
+            "auto",
+        }:
+            raise UsageError(f"device_map is {device_map}; a low-bit checkpoint loads on the cpu")
+
+    def is_serializable(self) -> bool:
+        """Say that save_pretrained does not write this model; save_low_bit does."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that low-bit models are for inference."""
+        return False
+
+
+def register() -> None:
+    """Enter our quantizer in Hugging Face's registry, once."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(LowBitConfig)
+        register_quantizer(QUANT_METHOD)(LowBitQuantizer)

@@ -1,0 +1,92 @@
+"""Load a low-bit checkpoint into a model, on one rank or many, whatever number of ranks saved it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dist_lowbit.checkpoint import CheckpointReader, is_checkpoint
+from dist_lowbit.comm import Group, single
+from dist_lowbit.core.errors import CheckpointError, UsageError
+from dist_lowbit.formats.packed import BLOCK, summation_block
+from dist_lowbit.quantize import Recipe
+
+from .attach import attach
+from .build import build, other_tensors, state_of
+from .target import make_target
+from .weights import CheckpointWeights
+
+
+def require_checkpoint(path: str | Path) -> Path:
+    """Return a path that is a low-bit checkpoint; a model directory or anything else is a UsageError."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UsageError(f"{path} is no directory; expected one written by save_low_bit or dist-lowbit convert")
+    if not is_checkpoint(path):
+        kind = "an ordinary model" if (path / "config.json").is_file() else "no model"
+        raise UsageError(
+            f"{path} holds {kind}, no low-bit checkpoint (there is no lowbit.json); "
+            f"make one with dist-lowbit convert, or with optimize_model and save_low_bit"
+        )
+    return path
+
+
+def load_low_bit(
+    model: nn.Module,
+    model_path: str | Path,
+    *,
+    group: Group | None = None,
+    torch_dtype: torch.dtype | None = None,
+    optimize_llm: bool = True,
+    compute: str = "int8",
+) -> nn.Module:
+    """Load a checkpoint of save_low_bit into a model of the same architecture, in place, and return it.
+
+    model: on meta (see low_memory_init) or loaded the ordinary way; its own weights are dropped. group: the ranks to
+    split over (None: one), independent of how many ranks saved. All ranks must call together. Reads this rank's
+    bytes only, and verifies their checksums: damage is a CheckpointError naming file and tensor.
+    """
+    path = require_checkpoint(model_path)
+    if state_of(model) is not None:
+        raise UsageError("this model is already low-bit; build a fresh one with low_memory_init to load into")
+    group = group or single()
+    with CheckpointReader(path) as reader:
+        recipe = Recipe.from_json(reader.metadata["recipe"])
+        kept = frozenset(reader.metadata["kept"])
+        weights = CheckpointWeights(reader)
+        target = make_target(model, _blocks(reader), group.size, lambda name: f"{name}.weight" in reader.weights)
+        _check_names(model, reader, path)
+        build(
+            model,
+            target,
+            weights,
+            group,
+            recipe,
+            kept,
+            dtype=torch_dtype or torch.float32,
+            compute=compute,
+            optimize_llm=optimize_llm,
+        )
+    return attach(model)
+
+
+def _blocks(reader: CheckpointReader) -> Callable[[str], int]:
+    def block_of(name: str) -> int:
+        info = reader.weights.get(f"{name}.weight")
+        return BLOCK if info is None else summation_block(info.group_size)
+
+    return block_of
+
+
+def _check_names(model: nn.Module, reader: CheckpointReader, path: Path) -> None:
+    """Refuse a checkpoint of another model: every stored name must be one of the model's."""
+    known = set(other_tensors(model)) | {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    strange = sorted(name for name in [*reader.weights, *reader.tensors] if name not in known)
+    if strange:
+        raise CheckpointError(
+            f"{path} holds {strange[0]} and {len(strange) - 1} more that {type(model).__name__} has not; "
+            f"it was saved from another model"
+        )

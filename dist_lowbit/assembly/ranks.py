@@ -1,0 +1,31 @@
+"""From what a caller says about parallelism to a group of ranks."""
+
+from __future__ import annotations
+
+import os
+
+from dist_lowbit.comm import Group, init_group, single
+from dist_lowbit.core.errors import UsageError
+from dist_lowbit.core.rank import discover
+
+
+def join_ranks(tensor_parallel: int | str | Group | None) -> tuple[Group, int]:
+    """Return the group to split over, and this process's rank within its host.
+
+    "auto" or True joins the ranks that this process was started with; a number also checks how many they are; a
+    Group is taken as it is; None, False or 1 is one rank. All ranks must call together.
+    """
+    if tensor_parallel is None or tensor_parallel is False or tensor_parallel == 1:
+        return single(), 0
+    info = discover(os.environ)
+    if isinstance(tensor_parallel, Group):
+        return tensor_parallel, info.local_rank
+    if tensor_parallel is not True and tensor_parallel != "auto":
+        if not isinstance(tensor_parallel, int) or tensor_parallel < 1:
+            raise UsageError(f"tensor_parallel is {tensor_parallel!r}; expected auto, a number of ranks, or a Group")
+        if tensor_parallel != info.world_size:
+            raise UsageError(
+                f"tensor_parallel is {tensor_parallel}, but this job has {info.world_size} rank(s); "
+                f"start it with dist-lowbit run -n {tensor_parallel}"
+            )
+    return init_group(rank_info=info), info.local_rank

@@ -1,0 +1,89 @@
+"""Models without weights: parameters on the meta device, buffers real."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from dist_lowbit.core.errors import UsageError
+
+
+def empty_model(cls: Any, config: Any, directory: str | Path, **kwargs: Any) -> nn.Module:
+    """Build a model of a Hugging Face class (or Auto class) with its parameters on meta.
+
+    Its generation config is read from `directory` where there is one. Cost: no weight is allocated.
+    """
+    with init_empty_weights(include_buffers=False):
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            model = cls._from_config(config, dtype=torch.float32, **kwargs)
+        else:
+            model = cls.from_config(config, dtype=torch.float32, **kwargs)
+    assert isinstance(model, nn.Module)
+    if (Path(directory) / "generation_config.json").is_file() and getattr(model, "can_generate", lambda: False)():
+        model.generation_config = GenerationConfig.from_pretrained(str(directory))
+    return model
+
+
+def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
+    """Return the Hugging Face config of a directory, without any note of a quantization."""
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"{directory} holds no config.json, so it is no model directory")
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UsageError(f"cannot read the config of {directory}: {str(error).splitlines()[0]}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def class_of(config: Any) -> Any:
+    """Return the transformers class that a config names first, or the Auto class for causal models."""
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def low_memory_init() -> Iterator[None]:
+    """Within this context, `from_pretrained` of any Hugging Face class returns a model without weights.
+
+    Its parameters are on meta, whatever weight files the directory has or lacks; load_low_bit fills them. The one
+    place where a method of another library is replaced: for the time of the context, nestable, and put back also
+    when an exception leaves it. Not for several threads at once.
+    """
+    original = PreTrainedModel.__dict__["from_pretrained"]
+
+    def from_pretrained(cls: Any, name_or_path: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = read_config(_local(name_or_path, kwargs), bool(kwargs.get("trust_remote_code")))
+        elif hasattr(config, "quantization_config"):
+            del config.quantization_config
+        attention = {k: kwargs[k] for k in ("attn_implementation",) if kwargs.get(k) is not None}
+        model = empty_model(cls, config, name_or_path, **attention)
+        model.config._name_or_path = str(name_or_path)
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
+
+
+def _local(name_or_path: Any, kwargs: dict[str, Any]) -> Path:
+    from .hub import resolve
+
+    return resolve(str(name_or_path), revision=kwargs.get("revision"), files="config")

@@ -1,0 +1,75 @@
+"""Build a low-bit model straight from ordinary model files: never the whole model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_lowbit.checkpoint import TensorSource
+from dist_lowbit.comm import Group
+from dist_lowbit.core.log import logger
+from dist_lowbit.quantize import Recipe
+
+from .attach import attach
+from .build import build
+from .optimize import block_under, embeddings, excluded, form_under, optimize, transposed_linears
+from .skeleton import empty_model, read_config
+from .target import Target, make_target
+from .weights import SourceWeights
+
+
+def source_weights(model: nn.Module, source: TensorSource, recipe: Recipe) -> SourceWeights:
+    """Return the weights of model files as a recipe quantizes them, for a model on meta."""
+    own = embeddings(model)
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    aliases = tied | {kept: name for name, kept in tied.items()}
+    return SourceWeights(source, lambda name: form_under(recipe, name, name in own), transposed_linears(model), aliases)
+
+
+def source_target(model: nn.Module, recipe: Recipe, tp: int) -> tuple[Target, frozenset[str]]:
+    """Return the plan of a model on meta under a recipe, and the Linears that the recipe leaves alone."""
+    kept = excluded(model, recipe)
+    return make_target(model, lambda name: block_under(recipe, name), tp, lambda name: name not in kept), kept
+
+
+def missing(model: nn.Module, weights: SourceWeights) -> list[str]:
+    """Return the tensors of a model that its files hold under another name, or not at all."""
+    return [name for name in model.state_dict() if not weights.has(name)]
+
+
+def from_source(
+    cls: Any,
+    directory: Path,
+    recipe: Recipe,
+    group: Group,
+    *,
+    trust_remote_code: bool = False,
+    optimize_llm: bool = True,
+    torch_dtype: torch.dtype = torch.float32,
+    compute: str = "int8",
+    **kwargs: Any,
+) -> nn.Module:
+    """Quantize a model from its files, matrix by matrix, this rank's part only. All ranks must call together.
+
+    Files whose names differ from the model's (Hugging Face renames some while loading) are loaded the ordinary
+    way first, in full; a line says so. Peak memory otherwise: this rank's part plus one matrix.
+    """
+    config = read_config(directory, trust_remote_code)
+    remote = {"trust_remote_code": True} if trust_remote_code else {}
+    model = empty_model(cls, config, directory, **remote)
+    model.config._name_or_path = str(directory)
+    with TensorSource(directory) as source:
+        weights = source_weights(model, source, recipe)
+        renamed = missing(model, weights)
+        if not renamed:
+            target, kept = source_target(model, recipe, group.size)
+            build(
+                model, target, weights, group, recipe, kept, dtype=torch_dtype, compute=compute, optimize_llm=optimize_llm
+            )
+            return attach(model)
+    logger.warning("%s is loaded in full before it is quantized: its files have no %s", directory, renamed[0])
+    live = cls.from_pretrained(str(directory), dtype="auto", **remote, **kwargs)
+    return optimize(live, recipe, group, optimize_llm, torch_dtype, compute)

@@ -1,0 +1,95 @@
+"""What a model offers to be swapped: its matrices by name, and the plan over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dist_lowbit.core.errors import PlanError
+from dist_lowbit.core.log import logger
+from dist_lowbit.models import Family, dims_of, family_of
+from dist_lowbit.parallel import Plan, make_plan, whole_plan
+
+Shape = tuple[int, int]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a matrix product that LowBitLinear can stand in for."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_shape(module: nn.Module) -> Shape:
+    """Return (N, K) of a Linear; Conv1D stores its weight as [K, N]."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    first, second = weight.shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
+def linears(model: nn.Module) -> dict[str, Shape]:
+    """Return (N, K) of every Linear of a model, by module name."""
+    return {name: linear_shape(module) for name, module in model.named_modules() if is_linear(module)}
+
+
+def _matrices(model: nn.Module) -> dict[str, Shape]:
+    """Return every matrix of a model: Linears, embeddings, and any other parameter of two or more dimensions."""
+    found = linears(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            found[name] = (module.num_embeddings, module.embedding_dim)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dim() >= 2 and name.rpartition(".")[0] not in found:
+            found[name] = (int(parameter.shape[0]), int(parameter.shape[1]))
+    return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model's plan, with the family it came from (None: Linear by Linear, nothing cut)."""
+
+    family: Family | None
+    plan: Plan
+
+
+def family_for(model: nn.Module) -> Family | None:
+    """Return the family of a model by its config's model_type, None for models without one or unknown ones."""
+    config = getattr(model, "config", None)
+    family = family_of(config) if config is not None else None
+    # A base model without its head, or a head of another kind, has other module names than the family's.
+    if family is not None and not all(_has(model, name) for name in family.roles if "*" not in name):
+        return None
+    return family
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def make_target(model: nn.Module, block_of: Callable[[str], int], tp: int, convert: Callable[[str], bool]) -> Target:
+    """Plan a model for tp ranks.
+
+    block_of: the summation block of a module's weight. convert: whether an unplanned Linear is to be swapped.
+    A known family is cut by its roles; for an unknown one every rank holds the whole model, and a line says so.
+    """
+    family = family_for(model)
+    if family is not None:
+        config: Any = model.config
+        dims = dims_of(family, config)
+        plan = make_plan(_matrices(model), family.roles, family.keep, dims, block_of, tp)
+        return Target(family, plan)
+    shapes: Mapping[str, Shape] = {name: shape for name, shape in linears(model).items() if convert(name)}
+    if tp > 1:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        logger.warning("%s is no known family: each of the %d ranks holds the whole model", kind, tp)
+    if not shapes and not linears(model):
+        raise PlanError(f"{type(model).__name__} has no Linear layer, so there is nothing to quantize")
+    return Target(None, whole_plan(shapes, block_of, tp))

@@ -1,0 +1,97 @@
+"""The one-line API: optimize_model, save_low_bit, low_memory_init, load_low_bit, convert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dist_lowbit.assembly import convert as _convert
+from dist_lowbit.assembly import load as _load
+from dist_lowbit.assembly import optimize as _optimize
+from dist_lowbit.assembly.hf_quantizer import register
+from dist_lowbit.assembly.hub import resolve
+from dist_lowbit.assembly.skeleton import low_memory_init
+from dist_lowbit.comm import Group
+from dist_lowbit.core.errors import UsageError
+from dist_lowbit.formats import lookup
+from dist_lowbit.quantize import Recipe
+
+__all__ = ["convert", "load_low_bit", "low_memory_init", "optimize_model"]
+
+register()
+
+
+def optimize_model(
+    model: nn.Module,
+    low_bit: str = "sym_int4",
+    optimize_llm: bool = True,
+    modules_to_not_convert: Sequence[str] | None = None,
+    cpu_embedding: bool = False,
+    lightweight_bmm: bool = False,
+    *,
+    group: Group | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Quantize every Linear of any PyTorch model in place, and return the model.
+
+    model: on the CPU, fp32, fp16 or bf16. low_bit: a format's name (docs/formats.md). optimize_llm: use the
+    project's own attention in models of a known family. modules_to_not_convert: substrings of module names, or
+    globs where they contain * ? or [. cpu_embedding: accepted; on the CPU embeddings are there already.
+    lightweight_bmm: accepted and without effect (it switched a GPU kernel of an ancestor). group: the ranks to
+    split the model over (None: one); all ranks must call together.
+
+    Further keywords: torch_dtype (of activations and unquantized tensors, default float32), group_size, compute
+    ("int8" or "fp32"). Others are a UsageError. The model gains `save_low_bit(directory)`. Unknown formats and NaN
+    or Inf weights are a FormatError. Cost: one pass over the weights; peak memory the model plus one matrix.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"optimize_model takes an nn.Module; this is a {type(model).__name__}")
+    options = _optimize.read_options(kwargs)
+    recipe = Recipe(lookup(low_bit), options["group_size"], tuple(modules_to_not_convert or ()))
+    return _optimize.optimize(
+        model, recipe, group, optimize_llm, torch_dtype=options["torch_dtype"], compute=options["compute"]
+    )
+
+
+def load_low_bit(model: nn.Module, model_path: str | Path, *, group: Group | None = None, **kwargs: Any) -> nn.Module:
+    """Load a directory of save_low_bit into a model of the same architecture, and return it.
+
+    model: from low_memory_init, or loaded the ordinary way. group: the ranks to split over, whatever number of
+    ranks saved; all must call together. Keywords: torch_dtype, compute, optimize_llm. Damage or a directory of
+    another model is a CheckpointError; a directory that is no low-bit checkpoint a UsageError.
+    """
+    optimize_llm = kwargs.pop("optimize_llm", True)
+    options = _optimize.read_options(kwargs)
+    if options["group_size"] is not None:
+        raise UsageError("load_low_bit has no argument 'group_size': the checkpoint says how it was quantized")
+    return _load.load_low_bit(
+        model,
+        model_path,
+        group=group,
+        torch_dtype=options["torch_dtype"],
+        compute=options["compute"],
+        optimize_llm=optimize_llm,
+    )
+
+
+def convert(
+    model: str | Path,
+    directory: str | Path,
+    low_bit: str = "sym_int4",
+    tp: int = 1,
+    *,
+    group_size: int | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Convert model files (a directory or a hub id) to a low-bit checkpoint of `tp` rank files.
+
+    Never holds the whole model: peak memory is a few tensors. The result loads at any number of ranks.
+    """
+    recipe = Recipe(lookup(low_bit), group_size, tuple(modules_to_not_convert or ()))
+    source = resolve(str(model), revision)
+    _convert.convert(source, Path(directory).expanduser(), recipe, tp, trust_remote_code=trust_remote_code)

@@ -1,0 +1,42 @@
+"""The embedding, kept in its stored dtype and cut along the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_lowbit.comm import Group
+
+from .split import Split
+
+
+class ParallelEmbedding(nn.Module):
+    """Look up token embeddings: integer ids [...] -> `dtype` [..., H].
+
+    weight: this rank's rows [V local, H], kept as stored (fp16 stays fp16) and widened after the lookup. Where the
+    vocabulary is cut, a rank contributes zeros for ids that it does not hold and the ranks add up: all must call
+    together. One addend of each sum is not zero, so the result is exact.
+    """
+
+    def __init__(self, weight: torch.Tensor, split: Split, group: Group, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = split.shape
+        self.split, self.group, self.dtype = split, group, dtype
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of ids (see the class)."""
+        if self.split.tp == 1 or self.split.axis is None:
+            return nn.functional.embedding(ids, self.weight).to(self.dtype)
+        start, stop = self.split.ranges[self.group.rank][0]
+        if stop == start:
+            rows = self.weight.new_zeros((*ids.shape, self.embedding_dim), dtype=self.dtype)
+        else:
+            held = (ids >= start) & (ids < stop)
+            local = torch.where(held, ids - start, 0)
+            rows = nn.functional.embedding(local, self.weight).to(self.dtype) * held[..., None]
+        return self.group.all_reduce(rows)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in a module's printout."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, rows={tuple(self.weight.shape)[0]}"

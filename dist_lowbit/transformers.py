@@ -1,0 +1,158 @@
+"""Hugging Face's Auto classes with low-bit loading and tensor parallelism.
+
+    from dist_lowbit.transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(path, load_in_4bit=True, tensor_parallel="auto")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import nn
+
+from dist_lowbit.assembly.hf_quantizer import register
+from dist_lowbit.assembly.hub import resolve_together
+from dist_lowbit.assembly.load import load_low_bit, require_checkpoint
+from dist_lowbit.assembly.optimize import read_options
+from dist_lowbit.assembly.skeleton import empty_model, read_config
+from dist_lowbit.assembly.source import from_source
+from dist_lowbit.assembly.ranks import join_ranks
+from dist_lowbit.checkpoint import is_checkpoint
+from dist_lowbit.comm import Group
+from dist_lowbit.core.errors import UsageError
+from dist_lowbit.formats import lookup
+from dist_lowbit.quantize import Recipe
+
+register()
+
+
+class _LowBitAuto:
+    """One Auto class; `hf` is transformers' own."""
+
+    hf: ClassVar[Any]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        load_in_4bit: bool = False,
+        load_in_low_bit: str | None = None,
+        tensor_parallel: int | str | Group | None = None,
+        optimize_model: bool = True,
+        modules_to_not_convert: Sequence[str] | None = None,
+        cpu_embedding: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> nn.Module:
+        """Load a model in a low-bit format: quantized on the way from its files, or as a checkpoint of ours.
+
+        load_in_4bit: the same as load_in_low_bit="sym_int4". tensor_parallel: "auto" joins the ranks that this
+        process was started with, a number also checks how many they are, a Group is used as it is, None is one
+        rank; all ranks must call together. Without a format, and with no ranks to split over, Hugging Face's own
+        from_pretrained answers. Further keywords: torch_dtype, group_size, compute.
+        """
+        if load_in_4bit and load_in_low_bit not in (None, "sym_int4"):
+            raise UsageError(f"load_in_4bit means sym_int4, but load_in_low_bit is {load_in_low_bit!r}; give one")
+        low_bit = "sym_int4" if load_in_4bit else load_in_low_bit
+        if low_bit is not None:
+            lookup(low_bit)  # a wrong name is told before anything is read
+        group, local_rank = join_ranks(tensor_parallel)
+        directory = resolve_together(str(pretrained_model_name_or_path), group, local_rank, revision)
+        if is_checkpoint(directory):
+            if low_bit is not None:
+                raise UsageError(
+                    f"{directory} is a low-bit checkpoint already; drop load_in_low_bit, or give the original model"
+                )
+            return cls._load(directory, group, optimize_model, trust_remote_code, kwargs)
+        if low_bit is None and group.size == 1:
+            kwargs |= {"trust_remote_code": trust_remote_code}
+            model: nn.Module = cls.hf.from_pretrained(str(directory), **kwargs)
+            return model
+        options = read_options(_renamed(kwargs))
+        recipe = Recipe(
+            lookup(low_bit or _own_format(directory)), options["group_size"], tuple(modules_to_not_convert or ())
+        )
+        return from_source(
+            cls.hf,
+            directory,
+            recipe,
+            group,
+            trust_remote_code=trust_remote_code,
+            optimize_llm=optimize_model,
+            torch_dtype=options["torch_dtype"],
+            compute=options["compute"],
+        )
+
+    @classmethod
+    def load_low_bit(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        tensor_parallel: int | str | Group | None = None,
+        optimize_model: bool = True,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> nn.Module:
+        """Load a directory written by save_low_bit or convert; anything else is a UsageError. See from_pretrained."""
+        group, local_rank = join_ranks(tensor_parallel)
+        directory = resolve_together(str(pretrained_model_name_or_path), group, local_rank)
+        return cls._load(require_checkpoint(directory), group, optimize_model, trust_remote_code, kwargs)
+
+    @classmethod
+    def _load(
+        cls, directory: Path, group: Group, optimize_llm: bool, trust_remote_code: bool, kwargs: dict[str, Any]
+    ) -> nn.Module:
+        options = read_options(_renamed(kwargs))
+        if options["group_size"] is not None:
+            raise UsageError("group_size goes with quantizing; this checkpoint says how it was quantized")
+        remote = {"trust_remote_code": True} if trust_remote_code else {}
+        model = empty_model(cls.hf, read_config(directory, trust_remote_code), directory, **remote)
+        model.config._name_or_path = str(directory)
+        return load_low_bit(
+            model,
+            directory,
+            group=group,
+            torch_dtype=options["torch_dtype"],
+            compute=options["compute"],
+            optimize_llm=optimize_llm,
+        )
+
+
+def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments with those of transformers that say the same, or nothing here, taken out."""
+    result = dict(kwargs)
+    if "dtype" in result:  # transformers' newer name
+        result["torch_dtype"] = result.pop("dtype")
+    for harmless in ("low_cpu_mem_usage", "use_cache", "device_map"):
+        if harmless == "device_map" and result.get(harmless) not in (None, "cpu", "auto"):
+            raise UsageError(f"device_map is {result[harmless]!r}; expected cpu or auto")
+        result.pop(harmless, None)
+    return result
+
+
+def _own_format(directory: Path) -> str:
+    """Return the cast that keeps the dtype a model was stored in."""
+    dtype = getattr(read_config(directory), "dtype", None)
+    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
+
+
+def _auto(name: str) -> type[_LowBitAuto]:
+    return type(name, (_LowBitAuto,), {"hf": getattr(transformers, name), "__module__": __name__})
+
+
+AutoModel = _auto("AutoModel")
+AutoModelForCausalLM = _auto("AutoModelForCausalLM")
+AutoModelForSeq2SeqLM = _auto("AutoModelForSeq2SeqLM")
+AutoModelForSpeechSeq2Seq = _auto("AutoModelForSpeechSeq2Seq")
+AutoModelForSequenceClassification = _auto("AutoModelForSequenceClassification")
+AutoModelForTokenClassification = _auto("AutoModelForTokenClassification")
+AutoModelForMaskedLM = _auto("AutoModelForMaskedLM")
+AutoModelForQuestionAnswering = _auto("AutoModelForQuestionAnswering")
+AutoModelForNextSentencePrediction = _auto("AutoModelForNextSentencePrediction")
+AutoModelForMultipleChoice = _auto("AutoModelForMultipleChoice")
