@@ -1,0 +1,210 @@
+"""One started process: its pipes, its end, its process group."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from .errors import LaunchError
+from .job import Command
+from .output import Lines, Sink, Tail
+from .topology import format_cpulist
+
+TRAMPOLINE = str(Path(__file__).resolve().with_name("trampoline.py"))
+GUARD = str(Path(__file__).resolve().with_name("guard.py"))
+TAIL_LINES = 20  # of stderr, repeated when a rank fails: a traceback through a few frames
+_CHUNK = 1 << 16  # a pipe's capacity (pipe(7))
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended: `code` of its exit or, where `killed`, of the signal."""
+
+    killed: bool
+    code: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.killed and self.code == 0
+
+    @property
+    def exit_code(self) -> int:
+        """The code that a shell gives it: 128 + signal."""
+        return 128 + self.code if self.killed else self.code
+
+    def describe(self) -> str:
+        if not self.killed:
+            return f"ended with exit code {self.code}"
+        return f"was killed by signal {self.code} ({signal_name(self.code)})"
+
+
+def signal_name(number: int) -> str:
+    """Return "SIGKILL" for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"
+
+
+class Stream:
+    """One output pipe of a process, on its way to a Sink, a log file and a Tail."""
+
+    def __init__(self, pipe: IO[bytes], sink: Sink, prefix: bytes | None, log: IO[bytes] | None, tail: Tail) -> None:
+        os.set_blocking(pipe.fileno(), False)
+        self.pipe = pipe
+        self._sink, self._log, self._tail = sink, log, tail
+        self._lines = Lines(prefix) if prefix is not None else None
+
+    def pump(self) -> int | None:
+        """Pass on one chunk; return its size, 0 at the end of the pipe (then closed), None if nothing is there."""
+        try:
+            chunk = os.read(self.pipe.fileno(), _CHUNK)
+        except BlockingIOError:
+            return None
+        if not chunk:
+            self.close()
+            return 0
+        self._sink.write(self._lines.feed(chunk) if self._lines else chunk)
+        self._tail.feed(chunk)
+        if self._log:
+            self._keep(self._log, chunk)
+        return len(chunk)
+
+    def _keep(self, log: IO[bytes], chunk: bytes) -> None:
+        try:
+            log.write(chunk)
+        except OSError as error:  # a full disk ends the log, not the job
+            self._sink.write(f"dist-lowbit run: {log.name} is cut short: {error.strerror}\n".encode())
+            log.close()
+            self._log = None
+
+    def drain(self) -> None:
+        """Pass on what is there and close, though a process that left the group may still hold the other end."""
+        for _ in range(16):  # 1 MiB: fs.pipe-max-size
+            if self.pipe.closed or not self.pump():
+                break
+        self.close()
+
+    def close(self) -> None:
+        if self.pipe.closed:
+            return
+        if self._lines:
+            self._sink.write(self._lines.close())
+        if self._log:
+            self._log.close()
+        self.pipe.close()
+
+
+class Process:
+    """A Command that runs, in a session of its own, so that one signal reaches all that it starts.
+
+    A session of its own may still read the launcher's terminal: job control stops only processes whose own
+    terminal it is. `pidfd` becomes readable when the process ends.
+    """
+
+    def __init__(self, command: Command, environ: Mapping[str, str], out: Sink, err: Sink) -> None:
+        self.command = command
+        self.end: End | None = None
+        self.tail = Tail(TAIL_LINES)
+        own_stdout = not command.prefix and command.log is None
+        own_stderr = own_stdout and os.isatty(err.fd)  # so that a progress bar sees the terminal
+        try:
+            self._popen = subprocess.Popen(
+                self._argv(),
+                env={**environ, **command.env},
+                stdin=None if command.rank in (None, 0) else subprocess.DEVNULL,
+                stdout=None if own_stdout else subprocess.PIPE,
+                stderr=None if own_stderr else subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LaunchError(f"cannot start {self.title}: {error.strerror}") from None
+        self.pid = self._popen.pid
+        self.pidfd = os.pidfd_open(self.pid)
+        self.streams = [
+            self._stream(pipe, sink, suffix)
+            for pipe, sink, suffix in ((self._popen.stdout, out, "out"), (self._popen.stderr, err, "err"))
+            if pipe is not None
+        ]
+
+    @property
+    def title(self) -> str:
+        return self.command.name if self.command.rank is None else f"rank {self.command.rank}"
+
+    def _argv(self) -> list[str]:
+        command = self.command
+        options = ["--parent", str(os.getpid()), "--death-signal", str(int(command.death_signal))]
+        options += ["--cpus", format_cpulist(command.cpus)] if command.cpus else []
+        options += ["--nodes", format_cpulist(command.nodes)] if command.nodes else []
+        return [sys.executable, "-I", "-S", TRAMPOLINE, *options, "--", *command.argv]
+
+    def _stream(self, pipe: IO[bytes], sink: Sink, suffix: str) -> Stream:
+        prefix = f"[{self.command.name}] ".encode() if self.command.prefix else None
+        log = open(f"{self.command.log}.{suffix}", "wb", buffering=0) if self.command.log else None  # noqa: SIM115
+        return Stream(pipe, sink, prefix, log, self.tail if suffix == "err" else Tail(0))
+
+    def look(self) -> End | None:
+        """Return how the process ended, None while it lives. Leaves the zombie: its pid names the group."""
+        if self.end is None:
+            info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if info is not None:
+                self.end = End(info.si_code != os.CLD_EXITED, info.si_status)
+        return self.end
+
+    def signal(self, number: int) -> None:
+        """Send `number` to the process and all that it started, also when it has ended itself."""
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return  # between fork and setsid, or already empty
+        except PermissionError:
+            return  # what is left runs as another user, by its own choice
+
+    def close(self) -> None:
+        """Pass on the last output and reap the process, which must have ended."""
+        for stream in self.streams:
+            stream.drain()
+        self._popen.wait()
+        os.close(self.pidfd)
+
+
+class Guard:
+    """The process that ends the ranks' children when the launcher is killed (guard.py)."""
+
+    def __init__(self) -> None:
+        try:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-I", "-S", GUARD],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LaunchError(f"cannot start the launcher's guard: {error.strerror}") from None
+
+    def watch(self, process: Process) -> None:
+        self._write(process.pid)
+
+    def close(self, over: Sequence[Process]) -> None:
+        """Let go of the groups of `over` and end; must come before they are reaped, while their numbers are theirs."""
+        for process in over:
+            self._write(-process.pid)
+        assert self._popen.stdin is not None
+        self._popen.stdin.close()
+        self._popen.wait()
+
+    def _write(self, number: int) -> None:
+        assert self._popen.stdin is not None
+        try:
+            self._popen.stdin.write(f"{number}\n".encode())
+        except BrokenPipeError:  # somebody killed the guard; the ranks still have PR_SET_PDEATHSIG
+            return

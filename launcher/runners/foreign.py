@@ -1,0 +1,42 @@
+"""What the styles that call another launcher have in common."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..job import Command, Job
+from ..topology import format_cpulist
+
+TRAMPOLINE = str(Path(__file__).resolve().parent.parent / "trampoline.py")
+
+
+def find_program(name: str) -> str | None:
+    """Return the path of `name`: beside this Python first (an environment that is not activated), then on PATH."""
+    beside = os.path.dirname(sys.executable)
+    return shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
+
+
+def bound_argv(job: Job, *, cpus: bool = True) -> tuple[str, ...]:
+    """Return a rank's argv with our own binding in front, or the bare argv where there is nothing to bind.
+
+    `cpus=False` leaves the cores to the other launcher and binds memory only.
+    """
+    options: list[str] = []
+    if cpus and any(spec.cpus for spec in job.ranks):
+        options += ["--cpus", ";".join(format_cpulist(spec.cpus) for spec in job.ranks)]
+    if any(spec.nodes for spec in job.ranks):
+        options += ["--nodes", ";".join(format_cpulist(spec.nodes) for spec in job.ranks)]
+    if not options:
+        return job.program.argv
+    return (job.program.python, "-I", "-S", TRAMPOLINE, *options, "--", *job.program.argv)
+
+
+def foreign_command(name: str, job: Job, argv: tuple[str, ...], env: Mapping[str, str]) -> Command:
+    """Return the Command of another launcher, which cleans up after SIGTERM but not after SIGKILL."""
+    log = os.path.join(job.log_dir, name) if job.log_dir else None
+    return Command(name=name, argv=argv, env=env, prefix=False, log=log, death_signal=signal.SIGTERM)

@@ -1,0 +1,248 @@
+"""The machine as a value: packages, NUMA nodes, physical cores and their hyper-threads.
+
+Everything here is pure but the three functions at the end, so a machine that is not at hand is a text file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Core:
+    """A physical core. `cpus` are its hyper-threads' CPU numbers, ascending; `efficient` marks an E-core."""
+
+    package: int
+    node: int
+    cpus: tuple[int, ...]
+    efficient: bool = False
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The cores that may be used, ordered by package, node and first CPU. `quota` is the cgroup's limit in CPUs."""
+
+    cores: tuple[Core, ...]
+    quota: float | None = None
+
+    @property
+    def packages(self) -> tuple[int, ...]:
+        return tuple(sorted({c.package for c in self.cores}))
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """NUMA nodes that have usable cores, in the order of the cores: those of one package are neighbours."""
+        return tuple(dict.fromkeys(c.node for c in self.cores))
+
+    @property
+    def cpus(self) -> tuple[int, ...]:
+        return tuple(sorted(cpu for core in self.cores for cpu in core.cpus))
+
+    @property
+    def usable(self) -> tuple[Core, ...]:
+        """The cores worth giving to ranks: on a hybrid machine the P-cores, as ranks wait for the slowest."""
+        fast = tuple(c for c in self.cores if not c.efficient)
+        return fast or self.cores
+
+    def restrict(self, allowed: Iterable[int]) -> Topology:
+        """Return the part of the machine that consists of the CPUs in `allowed`."""
+        keep = set(allowed)
+        cores = [replace(c, cpus=tuple(cpu for cpu in c.cpus if cpu in keep)) for c in self.cores]
+        return replace(self, cores=tuple(c for c in cores if c.cpus))
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        parts = [
+            _count(len(self.packages), "package"),
+            _count(len(self.nodes), "NUMA node"),
+            _count(len(self.cores), "physical core"),
+            _count(len(self.cpus), "CPU"),
+        ]
+        efficient = sum(c.efficient for c in self.cores)
+        if efficient:
+            parts[2] += f" ({efficient} of them efficient)"
+        if self.quota is not None:
+            parts.append(f"a quota of {self.quota:g} CPUs")
+        return ", ".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def parse_cpulist(text: str) -> tuple[int, ...]:
+    """Return the CPUs of a kernel list such as "0-3,8,10-14:2" (stride 2), ascending."""
+    found: set[int] = set()
+    for item in text.strip().split(","):
+        if not item.strip():
+            continue
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", item.strip())
+        if match is None:
+            raise LaunchError(f"{item.strip()!r} in the CPU list {text.strip()!r} is not of the form 0-3,8")
+        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+        if last < first or step == 0:
+            raise LaunchError(f"{item.strip()!r} in the CPU list {text.strip()!r} is an empty range")
+        found.update(range(first, last + 1, step))
+    return tuple(sorted(found))
+
+
+def format_cpulist(cpus: Iterable[int]) -> str:
+    """Return the shortest kernel list of `cpus`: the inverse of parse_cpulist."""
+    runs: list[list[int]] = []
+    for cpu in sorted(set(cpus)):
+        if runs and runs[-1][1] == cpu - 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _ordered(cores: Iterable[Core]) -> tuple[Core, ...]:
+    return tuple(sorted(cores, key=lambda c: (c.package, c.node, c.cpus[0])))
+
+
+def from_lscpu(text: str) -> Topology:
+    """Return the topology in the output of `lscpu -p=CPU,CORE,SOCKET,NODE` (more columns are fine).
+
+    lscpu does not tell P-cores from E-cores; record sysfs for a hybrid machine.
+    """
+    columns = ["cpu", "core", "socket", "node"]
+    rows: dict[tuple[int, int], list[int]] = {}
+    nodes: dict[tuple[int, int], int] = {}
+    for line in text.splitlines():
+        if line.startswith("#"):
+            if line.lower().startswith("# cpu,"):
+                columns = line[1:].strip().lower().split(",")
+            continue
+        if not line.strip():
+            continue
+        fields = dict(zip(columns, line.strip().split(","), strict=False))
+        try:
+            cpu, core = int(fields["cpu"]), int(fields["core"])
+            package, node = int(fields.get("socket") or 0), int(fields.get("node") or 0)
+        except (KeyError, ValueError):
+            raise LaunchError(f"{line!r} is no line of `lscpu -p=CPU,CORE,SOCKET,NODE`") from None
+        rows.setdefault((package, core), []).append(cpu)
+        nodes[package, core] = node
+    if not rows:
+        raise LaunchError("the text holds no CPU; expected the output of `lscpu -p=CPU,CORE,SOCKET,NODE`")
+    return Topology(_ordered(Core(k[0], nodes[k], tuple(sorted(cpus))) for k, cpus in rows.items()))
+
+
+_PACKAGE = re.compile(r"devices/system/cpu/cpu(\d+)/topology/physical_package_id$")
+_SIBLINGS = re.compile(r"devices/system/cpu/cpu(\d+)/topology/(?:core_cpus_list|thread_siblings_list)$")
+_NODE = re.compile(r"devices/system/node/node(\d+)/cpulist$")
+
+
+def from_sysfs(files: Mapping[str, str]) -> Topology:
+    """Return the topology in `files`: path (with or without /sys/ in front) to content, as SYSFS_FILES lists them."""
+    package_of: dict[int, int] = {}
+    siblings_of: dict[int, tuple[int, ...]] = {}
+    node_of: dict[int, int] = {}
+    slow: set[int] = set()
+    online: set[int] | None = None
+    for path, content in files.items():
+        if match := _PACKAGE.search(path):
+            package_of[int(match[1])] = max(0, int(content))  # firmware without an answer gives -1
+        elif match := _SIBLINGS.search(path):
+            siblings_of[int(match[1])] = parse_cpulist(content)
+        elif match := _NODE.search(path):
+            node_of.update(dict.fromkeys(parse_cpulist(content), int(match[1])))
+        elif path.endswith("devices/cpu_atom/cpus"):
+            slow.update(parse_cpulist(content))
+        elif path.endswith("devices/system/cpu/online"):
+            online = set(parse_cpulist(content))
+    present = set(package_of) | set(siblings_of)
+    present = present & online if online is not None and present else present or (online or set())
+    if not present:
+        raise LaunchError("the text holds no CPU; expected files of /sys/devices/system/cpu")
+    cores: dict[int, Core] = {}
+    for cpu in sorted(present):
+        cpus = tuple(c for c in siblings_of.get(cpu, (cpu,)) if c in present) or (cpu,)
+        cores[cpus[0]] = Core(package_of.get(cpu, 0), node_of.get(cpu, 0), cpus, cpus[0] in slow)
+    return Topology(_ordered(cores.values()))
+
+
+def from_text(text: str) -> Topology:
+    """Return the topology recorded in `text`.
+
+    Either `lscpu -p=CPU,CORE,SOCKET,NODE` or `grep -s . FILES` over SYSFS_FILES, which prints "path:content".
+    """
+    if text.lstrip().startswith("/sys/"):
+        lines = (line.partition(":") for line in text.splitlines() if line.strip())
+        return from_sysfs({path.strip(): content.strip() for path, _, content in lines})
+    return from_lscpu(text)
+
+
+def parse_cpu_max(text: str) -> float | None:
+    """Return the limit in CPUs of a cgroup v2 `cpu.max` ("200000 100000" is 2.0), None for "max"."""
+    quota, _, period = text.strip().partition(" ")
+    if quota in ("", "max"):
+        return None
+    return int(quota) / int(period or 100_000)
+
+
+SYSFS_FILES = (
+    "devices/system/cpu/online",
+    "devices/system/cpu/cpu[0-9]*/topology/physical_package_id",
+    "devices/system/cpu/cpu[0-9]*/topology/thread_siblings_list",
+    "devices/system/node/node[0-9]*/cpulist",
+    "devices/cpu_atom/cpus",
+)
+
+
+def read_sysfs(root: str = "/sys") -> dict[str, str]:
+    """Read SYSFS_FILES below `root`; a file that is missing is left out."""
+    base = Path(root)
+    found: dict[str, str] = {}
+    for pattern in SYSFS_FILES:
+        for path in sorted(base.glob(pattern)):
+            try:
+                found[str(path.relative_to(base))] = path.read_text().strip()
+            except OSError:  # an offline CPU has no topology
+                continue
+    return found
+
+
+def read_quota(cgroup: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float | None:
+    """Return the tightest CPU quota of this process's cgroup (v2) and its ancestors, None without one."""
+    quotas: list[float] = []
+    try:
+        lines = Path(cgroup).read_text().splitlines()
+    except OSError:
+        return None
+    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    folder = Path(root) / own
+    for place in (folder, *folder.parents):
+        if not place.is_relative_to(root):
+            break
+        try:
+            quota = parse_cpu_max((place / "cpu.max").read_text())
+        except (OSError, ValueError):  # the root group has no such file
+            continue
+        if quota is not None:
+            quotas.append(quota)
+    return min(quotas, default=None)
+
+
+def read_machine() -> Topology:
+    """Return the part of this machine that this process may use.
+
+    The affinity mask already is within the cgroup's cpuset: the kernel sees to it. Where sysfs is hidden (some
+    sandboxes) each CPU counts as a core of one node.
+    """
+    allowed = os.sched_getaffinity(0)
+    try:
+        whole = from_sysfs(read_sysfs())
+    except LaunchError:
+        whole = Topology(tuple(Core(0, 0, (cpu,)) for cpu in sorted(allowed)))
+    known = whole.restrict(allowed)
+    if not known.cores:
+        known = Topology(tuple(Core(0, 0, (cpu,)) for cpu in sorted(allowed)))
+    return replace(known, quota=read_quota())

@@ -1,0 +1,297 @@
+"""Run the Commands of a job together: pass on output and signals, and let the first failure end all.
+
+One thread, one poll(2): a process's end is a readable pidfd, a signal is a byte in a pipe, output is a readable
+pipe. Nothing is looked at on a timer but the two deadlines of an ending job.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from .job import Command
+from .output import HIGH_WATER, Sink
+from .process import End, Guard, Process, signal_name
+
+# Deaths this close to the first are weighed together: a peer's death is noticed by the others within milliseconds.
+BLAME_WINDOW = 0.1
+# After SIGKILL; what still lives then hangs in the kernel, and waiting longer would help nobody.
+KILL_WAIT = 1.5
+# A rank that ends with this code says that a peer is gone (dist_lowbit's CommError), so it is not the cause.
+PEER_LOST = 3
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_HINTS = {
+    signal.SIGKILL: "if nobody sent it, the kernel or the container ran out of memory",
+    signal.SIGBUS: "often a full /dev/shm or a file that shrank while it was mapped",
+    signal.SIGILL: "this CPU lacks an instruction of the program",
+}
+
+
+def blame(deaths: Sequence[tuple[Process, End]]) -> tuple[Process, End]:
+    """Return the death that caused the others, of `deaths` in the order in which they were seen.
+
+    A signal (but SIGABRT, which is what C++ does about a lost peer) weighs more than an exit code, and
+    PEER_LOST weighs least; among equals the earliest counts.
+    """
+
+    def weight(death: tuple[Process, End]) -> int:
+        end = death[1]
+        if end.killed and end.code != signal.SIGABRT:
+            return 0
+        return 2 if not end.killed and end.code == PEER_LOST else 1
+
+    return min(deaths, key=weight)  # min keeps the first of equals
+
+
+class Watch:
+    """The job while it runs. `run()` once."""
+
+    def __init__(self, commands: Sequence[Command], environ: Mapping[str, str], *, host: str, grace: float) -> None:
+        self._commands, self._environ, self._host, self._grace = commands, environ, host, grace
+        self._out, self._err = Sink(1), Sink(2)
+        self._poll = selectors.PollSelector()  # epoll refuses regular files
+        self._processes: list[Process] = []
+        self._deaths: list[tuple[Process, End]] = []
+        self._asked: int | None = None  # the signal that asked us to end
+        self._deadline: float | None = None
+        self._phase = "running"  # running, blaming, ending, killing
+
+    def run(self) -> int:
+        """Start everything, wait for its end and return the job's exit code; LaunchError if a start fails."""
+        with Signals() as signals:
+            self._poll.register(signals.fd, selectors.EVENT_READ, signals)
+            guard = Guard()
+            try:
+                for command in self._commands:
+                    self._start(command, guard)
+                while self._alive() and not self._given_up():
+                    self._step(signals)
+            finally:
+                broken = self._out.broken
+                self._close(guard)
+                self._poll.close()
+        code = self._report(broken)
+        self._flush()
+        return code
+
+    def _start(self, command: Command, guard: Guard) -> None:
+        process = Process(command, self._environ, self._out, self._err)
+        self._processes.append(process)
+        self._poll.register(process.pidfd, selectors.EVENT_READ, process)
+        if command.rank is not None:  # another launcher has to clean up itself, on its death signal
+            guard.watch(process)
+
+    # --- the loop
+
+    def _alive(self) -> list[Process]:
+        return [p for p in self._processes if p.end is None]
+
+    def _given_up(self) -> bool:
+        return self._phase == "killing" and self._deadline is None
+
+    def _step(self, signals: Signals) -> None:
+        self._interest()
+        timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        for key, _ in self._poll.select(timeout):
+            if isinstance(key.data, Process):
+                self._ended(key.data)
+            elif isinstance(key.data, Sink):
+                key.data.flush_some()
+            elif isinstance(key.data, Signals):
+                for number in signals.read():
+                    self._received(number)
+            else:
+                key.data.pump()
+        if self._out.broken and self._phase in ("running", "blaming"):
+            self._begin_ending()  # nobody reads the answer: end as SIGPIPE would
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._deadline_passed()
+
+    def _interest(self) -> None:
+        """Poll exactly what can make progress: sinks with something to write, pipes if there is room for it."""
+        registered = {key.fd: key for key in self._poll.get_map().values()}
+        wanted: dict[int, tuple[object, int]] = {}
+        for sink in (self._out, self._err):
+            if sink.waiting:
+                wanted[sink.fd] = (sink, selectors.EVENT_WRITE)
+        if max(self._out.waiting, self._err.waiting) < HIGH_WATER:
+            for process in self._processes:
+                for stream in process.streams:
+                    if not stream.pipe.closed:
+                        wanted[stream.pipe.fileno()] = (stream, selectors.EVENT_READ)
+        for fd, key in registered.items():
+            if not isinstance(key.data, Process | Signals) and (fd not in wanted or wanted[fd][0] is not key.data):
+                self._poll.unregister(fd)
+        for fd, (data, events) in wanted.items():
+            if fd not in self._poll.get_map():
+                self._poll.register(fd, events, data)
+
+    # --- what happens
+
+    def _ended(self, process: Process) -> None:
+        end = process.look()
+        if end is None:
+            return
+        self._poll.unregister(process.pidfd)
+        if self._phase not in ("running", "blaming"):
+            return
+        if self._asked is not None:
+            self._begin_ending()
+        elif not end.ok:
+            self._deaths.append((process, end))
+            if self._phase == "running":
+                self._phase, self._deadline = "blaming", time.monotonic() + BLAME_WINDOW
+
+    def _received(self, number: int) -> None:
+        if number == signal.SIGTSTP:
+            self._suspend()
+        elif number not in _ENDING:
+            self._send(number)
+        elif self._asked is None:
+            self._asked = number
+            self._send(number)
+        elif number == signal.SIGINT:
+            self._begin_killing()
+        else:
+            self._begin_ending()
+
+    def _suspend(self) -> None:
+        """Stop the ranks and the launcher as Ctrl-Z asks, and go on with them when the shell says so."""
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
+
+    def _deadline_passed(self) -> None:
+        if self._phase == "blaming":
+            self._begin_ending()
+        elif self._phase == "ending":
+            self._begin_killing()
+        else:
+            self._deadline = None
+
+    def _begin_ending(self) -> None:
+        if self._phase in ("running", "blaming"):
+            self._phase, self._deadline = "ending", time.monotonic() + self._grace
+            self._send(signal.SIGTERM)
+            self._send(signal.SIGCONT)  # a stopped rank takes SIGTERM only when it goes on
+
+    def _begin_killing(self) -> None:
+        self._phase, self._deadline = "killing", time.monotonic() + KILL_WAIT
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        for process in self._alive():
+            process.signal(number)
+
+    # --- the end
+
+    def _close(self, guard: Guard) -> None:
+        """Close every process that has ended; what is alive gets SIGKILL and a last wait."""
+        self._send(signal.SIGKILL)
+        give_up = time.monotonic() + KILL_WAIT
+        with selectors.PollSelector() as poll:
+            for process in self._alive():
+                poll.register(process.pidfd, selectors.EVENT_READ, process)
+            while poll.get_map() and time.monotonic() < give_up:
+                for key, _ in poll.select(max(0.0, give_up - time.monotonic())):
+                    key.data.look()
+                    poll.unregister(key.fd)
+        over = [p for p in self._processes if p.end is not None]
+        for process in over:
+            process.signal(signal.SIGKILL)  # what it started and left behind
+        guard.close(over)
+        for process in over:
+            process.close()
+
+    def _flush(self) -> None:
+        for sink in (self._out, self._err):
+            while sink.waiting:
+                with selectors.PollSelector() as poll:
+                    poll.register(sink.fd, selectors.EVENT_WRITE)
+                    poll.select()
+                sink.flush_some()
+
+    def _report(self, broken: bool) -> int:
+        """Say on stderr why the job ended, unless all went well; return its exit code."""
+        for process in self._alive():
+            self._say(f"{self._who(process)} did not end on SIGKILL: it hangs in the kernel")
+        if self._deaths:
+            return self._report_failure()
+        failed = [p.end for p in self._processes if p.end is None or not p.end.ok]
+        if self._asked is not None:
+            if failed:
+                self._say(f"interrupted by {signal_name(self._asked)}")
+            return 128 + self._asked if failed else 0
+        return 128 + signal.SIGPIPE if broken else 0
+
+    def _report_failure(self) -> int:
+        process, end = blame(self._deaths)
+        sentence = f"{self._who(process)} {end.describe()}"
+        if end.killed and end.code in _HINTS:
+            sentence += f" ({_HINTS[signal.Signals(end.code)]})"
+        if len(self._processes) > 1:
+            sentence += ", so the job was ended"
+        also = [f"{p.title} {e.describe()}" for p, e in self._deaths if p is not process]
+        if also:
+            sentence += f"; at the same time {', '.join(also)}"
+        lines = process.tail.lines() if process.command.prefix else []  # else they stand above as they were
+        if lines:
+            sentence += "; the last lines of its stderr:" + "".join(f"\n  {line}" for line in lines)
+        self._say(sentence)
+        return end.exit_code
+
+    def _who(self, process: Process) -> str:
+        return f"{process.title} (pid {process.pid} on host {self._host})"
+
+    def _say(self, sentence: str) -> None:
+        self._err.write(f"dist-lowbit run: {sentence}\n".encode())
+
+
+class Signals:
+    """While entered, the signals that the launcher handles are bytes to read from `fd` and interrupt nothing.
+
+    A signal that was ignored stays ignored (nohup, a job in the background). Outside the main thread nothing is
+    taken over: Python allows it only there.
+    """
+
+    def __init__(self) -> None:
+        self.fd, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._before: dict[int, object] = {}
+        self._wakeup = -1
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            for number in (*FORWARDED, signal.SIGTSTP):
+                before = signal.getsignal(number)
+                if before is not signal.SIG_IGN:
+                    self._before[number] = before
+                    signal.signal(number, _noticed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)  # type: ignore[arg-type]
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._wakeup)
+        os.close(self.fd)
+        os.close(self._write)
+
+    def read(self) -> list[int]:
+        """Return the numbers of the signals that have come, in order."""
+        try:
+            return list(os.read(self.fd, 64))
+        except BlockingIOError:
+            return []
+
+
+def _noticed(number: int, frame: FrameType | None) -> None:
+    """Do nothing: that the signal came is a byte in the wakeup pipe."""
