@@ -1,0 +1,100 @@
+"""The table of backends, and forming a group with one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch.distributed import Store
+
+from dist_lowbit.core.errors import CommError, UsageError
+from dist_lowbit.core.log import logger
+from dist_lowbit.core.rank import RankInfo, current
+from dist_lowbit.core.settings import settings
+
+from .base import BaseGroup
+from .gloo import GlooGroup
+from .group import Group, Json
+from .meeting import meet
+from .peers import from_json, myself, one_machine, to_json
+from .shm import ShmGroup
+from .single import SingleGroup
+
+BACKENDS: Mapping[str, type[BaseGroup]] = {
+    backend.name: backend for backend in (SingleGroup, ShmGroup, GlooGroup)
+}
+AUTO = ("shm", "gloo")  # best first
+
+
+def why_not(info: RankInfo) -> dict[str, str | None]:
+    """Return, for every backend, why this rank cannot use it; None where it can."""
+    return {name: backend.why_not(info) for name, backend in BACKENDS.items()}
+
+
+def _refusal(name: str, facts: list[Json], near: bool) -> str | None:
+    """Return why one of the ranks refuses the backend, or None if all take it."""
+    for rank, fact in enumerate(facts):
+        reason = fact["why_not"][name]
+        if reason is not None:
+            return f"{name} on rank {rank}: {reason}"
+    if name == "shm" and not near:
+        return "shm: the ranks are on several machines or in several containers"
+    return None
+
+
+def _choose(facts: list[Json], near: bool) -> str:
+    """Return the backend's name: the same on every rank, since all decide from the same facts."""
+    asked = [fact["backend"] for fact in facts]
+    if len(set(asked)) > 1:
+        wishes = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(asked))
+        raise UsageError(f"the ranks ask for different backends ({wishes}); set DIST_LOWBIT_BACKEND alike on all")
+    names = AUTO if asked[0] == "auto" else (asked[0],)
+    refusals = []
+    for name in names:
+        reason = _refusal(name, facts, near)
+        if reason is None:
+            for earlier in refusals:
+                logger.info("not %s", earlier)
+            return name
+        refusals.append(reason)
+    raise CommError(f"no backend can connect the ranks: {'; '.join(refusals)}")
+
+
+def init_group(
+    backend: str = "auto",
+    rank_info: RankInfo | None = None,
+    timeout: float | None = None,
+    *,
+    prefix: str = "world",
+    store: Store | None = None,
+) -> Group:
+    """Form a group of ranks and return it; close it when done (or use it in a `with`).
+
+    All ranks call it together, with the same `backend` and `prefix`. `rank_info` is this rank's place, by default
+    what the launcher set; for a subgroup pass another rank and world_size and a prefix of its own, or split a group.
+    `backend` is a name of BACKENDS or auto: DIST_LOWBIT_BACKEND if set, else shm on one machine and gloo across.
+    A world of one is `single` whatever the name. `timeout` (seconds, default DIST_LOWBIT_TIMEOUT) bounds the wait for
+    the ranks here and is the group's default. `store` is a torch.distributed store to meet at, instead of the one at
+    MASTER_ADDR:MASTER_PORT. Neither needs nor touches torch.distributed's default group. Raises CommError, UsageError.
+    """
+    info = current() if rank_info is None else rank_info
+    name = settings().backend if backend == "auto" else backend
+    if name != "auto" and name not in BACKENDS:
+        raise UsageError(f"{name!r} is no backend; expected auto, {', '.join(BACKENDS)}")
+    limit = settings().timeout if timeout is None else timeout
+    if info.world_size == 1:
+        return SingleGroup(limit)
+    facts = {"peer": to_json(myself(info.rank)), "why_not": why_not(info), "backend": name}
+    meeting, answers = meet(info, limit, prefix, facts, store)
+    peers = [from_json(answer["peer"], rank) for rank, answer in enumerate(answers)]
+    chosen = BACKENDS[_choose(answers, one_machine(peers))]
+    group = chosen.connect(meeting, peers, limit)
+    meeting.part()
+    return group
+
+
+def subgroup_info(info: RankInfo, ranks: list[int]) -> RankInfo:
+    """Return the place of one of `ranks` (world ranks) in the group of just these, for `init_group`."""
+    if info.rank not in ranks or len(set(ranks)) != len(ranks):
+        raise UsageError(f"rank {info.rank} asks for a group of ranks {ranks}; expected itself among distinct ranks")
+    return replace(info, rank=ranks.index(info.rank), world_size=len(ranks), local_size=0)

@@ -1,0 +1,140 @@
+"""Where ranks find one another: a torch TCPStore at the master's address, and rounds of small JSON values over it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore
+
+from dist_lowbit.core.errors import CommError, UsageError
+from dist_lowbit.core.rank import LOOPBACK, RankInfo
+
+from .group import Json
+from .peers import has_ended
+
+Exchange = Callable[[Json], list[Json]]  # one value from each rank, on each rank; all call it together
+
+
+class Meeting:
+    """The ranks of one group while it forms. All call `exchange` and `part` together."""
+
+    def __init__(self, store: Store, info: RankInfo, timeout: float) -> None:
+        self.store = store
+        self.info = info
+        self.timeout = timeout
+        self._round = 0
+        self.pidfds: dict[int, int] = {}  # of ranks on this machine, to notice their death meanwhile
+
+    def exchange(self, value: Json) -> list[Json]:
+        """Return every rank's value; a rank that does not come within the timeout is a CommError naming it."""
+        self._round += 1
+        keys = self._announce(str(self._round), json.dumps(value))
+        self._wait(keys)
+        return [json.loads(self.store.get(key)) for key in keys]
+
+    def part(self) -> None:
+        """End the meeting. Rank 0, which may host the store, returns only when the others have read all they need."""
+        keys = self._announce("parted", "")
+        if self.info.rank == 0:
+            self._wait(keys)
+
+    def _announce(self, topic: str, text: str) -> list[str]:
+        keys = [f"{topic}/{rank}" for rank in range(self.info.world_size)]
+        self.store.set(keys[self.info.rank], text)
+        return keys
+
+    def _wait(self, keys: list[str]) -> None:
+        # Asking again and again, not Store.wait: that one shuts out signals and logs a stack trace at its timeout.
+        deadline = time.monotonic() + self.timeout
+        pause = 0.001
+        while not self.store.check(keys):
+            late = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            dead = [rank for rank in late if rank in self.pidfds and has_ended(self.pidfds[rank])]
+            if dead and not self.store.check([keys[dead[0]]]):
+                raise CommError(f"rank {dead[0]} has died while the group formed", dead[0])
+            if late and time.monotonic() > deadline:
+                raise CommError(
+                    f"rank {', '.join(map(str, late))} of {self.info.world_size} did not come to "
+                    f"{self.info.master_addr}:{self.info.master_port} within {self.timeout:g} s; "
+                    "check that all ranks were started and see the same MASTER_ADDR and MASTER_PORT",
+                    late[0],
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+
+def _listen(info: RankInfo, timeout: timedelta) -> TCPStore:
+    """Host the store. On one host it listens to this host alone; torch by itself would listen to the world."""
+    taken = f"rank 0 cannot listen at {info.master_addr}:{info.master_port}"
+    host, port = info.master_addr, info.master_port
+    if host not in LOOPBACK:
+        try:
+            return TCPStore(host, port, None, True, timeout, False, True)
+        except RuntimeError as error:
+            raise CommError(f"{taken} ({str(error).splitlines()[0]}); set MASTER_PORT to a free port", 0) from error
+    family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as busy:
+        listener.close()
+        try:  # torch.distributed of this very process may listen there: then it is shared
+            return TCPStore(host, port, None, True, timeout, False, True)
+        except RuntimeError:
+            raise CommError(f"{taken} ({busy}); set MASTER_PORT to a free port", 0) from busy
+    return TCPStore(host, port, None, True, timeout, False, True, listener.detach())
+
+
+def _join(info: RankInfo, timeout: float) -> TCPStore:
+    """Connect to the store, waiting for it to come up."""
+    address = (info.master_addr, info.master_port)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection(address, timeout=min(timeout, 5.0)).close()
+            return TCPStore(*address, None, False, timedelta(seconds=timeout), False)
+        except (OSError, DistNetworkError) as error:
+            if time.monotonic() > deadline:
+                raise CommError(
+                    f"rank {info.rank} finds no rank 0 at {info.master_addr}:{info.master_port} within {timeout:g} s "
+                    f"({str(error).splitlines()[0]}); check MASTER_ADDR and MASTER_PORT and that rank 0 was started",
+                    0,
+                ) from error
+            time.sleep(0.05)
+
+
+def meet(
+    info: RankInfo, timeout: float, prefix: str, facts: Json, store: Store | None = None
+) -> tuple[Meeting, list[Json]]:
+    """Bring all ranks together and return the meeting with every rank's `facts`.
+
+    `store` is one that the caller has (any torch.distributed store), else rank 0 opens one at the master's address.
+    Groups are told apart by `prefix` and by how often all ranks have met under it.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        hosting = info.rank == 0 and not info.hosted
+        base = store or (_listen(info, timedelta(seconds=timeout)) if hosting else _join(info, timeout))
+        try:
+            name = f"dist_lowbit/{prefix}/{info.attempt}"
+            arrival = base.add(f"{name}/arrivals", 1) - 1
+            meeting = Meeting(PrefixStore(f"{name}/{arrival // info.world_size}", base), info, timeout)
+            answers = meeting.exchange({"world_size": info.world_size, "facts": facts})
+            break
+        except DistNetworkError as error:
+            # Rank 0 may just be closing the store of an earlier group: meet again at its next one.
+            if hosting or store is not None or time.monotonic() > deadline:
+                raise CommError(f"rank {info.rank} lost the connection to rank 0 while the group formed", 0) from error
+    for rank, answer in enumerate(answers):
+        if answer["world_size"] != info.world_size:
+            raise UsageError(
+                f"rank {rank} was started in a world of {answer['world_size']} and rank {info.rank} in one of "
+                f"{info.world_size}; start all ranks with one launcher"
+            )
+    return meeting, [answer["facts"] for answer in answers]

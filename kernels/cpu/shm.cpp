@@ -1,0 +1,634 @@
+// See shm.h. One call is one or more rounds. In a round each rank writes into its own region, publishes the
+// round's number and waits until all have published it; then it reads the peers' regions.
+//
+// Everything is doubled by the parity of the round, so one synchronisation per round is enough: a rank writes
+// buffer s & 1 again in round s + 2, which it reaches only after all have published s + 1, and a rank publishes
+// s + 1 only when it has read all of round s.
+#include "shm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <new>
+
+namespace {
+
+constexpr size_t kLine = 64;
+constexpr size_t kChunk = 256 * 1024;     // bytes a rank publishes in one round: all of it stays in the L2 cache
+constexpr size_t kResult = kChunk / 2;    // the largest slice, that of two ranks
+constexpr size_t kSmall = 32 * 1024;      // up to here one round (each adds all) beats two (slices)
+constexpr size_t kControl = 4096;
+constexpr size_t kRegion = kControl + 2 * (kChunk + kResult);
+constexpr size_t kBlock = 512;            // floats added at a time: sources and temporaries fit the L1 cache
+constexpr int kMaxRanks = DLB_SHM_MAX_RANKS;
+constexpr int kMaxProgram = 2 * kMaxRanks;
+constexpr int kMaxDepth = 8;              // 16 ranks need a stack of 5
+constexpr int kBytes = 3;                 // the "dtype" of calls that move bytes
+
+constexpr int64_t kMillisecond = 1000000;
+constexpr int64_t kSlice = 20 * kMillisecond;        // one sleep
+constexpr int64_t kLook = 50 * kMillisecond;         // between two looks at the peers' health
+constexpr int64_t kReturn = 100 * kMillisecond;      // after this the caller gets a chance to see its signals
+
+struct Header {
+    uint64_t count;
+    uint32_t round;
+    uint8_t op;
+    uint8_t dtype;
+    int16_t source;
+};
+
+enum State : uint32_t { kRunning = 0, kClosed = 1, kFailed = 2 };
+
+// The first line is all that a peer reads in the fast path; only the owner writes it.
+struct Control {
+    alignas(128) std::atomic<uint32_t> published;
+    Header headers[2];
+    alignas(128) std::atomic<uint32_t> sleepers;  // peers that wait on `published` in the kernel
+    std::atomic<uint32_t> state;
+    std::atomic<int32_t> fault_kind;
+    std::atomic<int32_t> fault_rank;
+    alignas(128) cpu_set_t cpus;
+    uint32_t cpus_known;
+};
+static_assert(sizeof(Control) <= kControl, "control block");
+static_assert(std::atomic<uint32_t>::is_always_lock_free, "shared atomics");
+
+}  // namespace
+
+struct dlb_shm {
+    char *base;
+    size_t bytes;
+    int rank;
+    int size;
+    uint32_t round;       // the last round that this rank published
+    bool published;       // the current round is published and not yet read
+    size_t step;          // round within the call
+    int64_t waiting_since;
+    int64_t looked;
+    int spins;
+    int yields;
+    bool probed;
+    bool failed;
+    dlb_shm_fault_info fault;
+    int32_t pids[kMaxRanks];
+    int32_t pidfds[kMaxRanks];
+    int8_t program[kMaxProgram];
+    int program_length;
+};
+
+namespace {
+
+int64_t now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+}
+
+void futex_wait(std::atomic<uint32_t> *word, uint32_t seen, int64_t nanoseconds) {
+    timespec t = {time_t(nanoseconds / 1000000000), long(nanoseconds % 1000000000)};
+    syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAIT, seen, &t, nullptr, 0);
+}
+
+void futex_wake(std::atomic<uint32_t> *word) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAKE, 1 << 30, nullptr, nullptr, 0);
+}
+
+// ---- arithmetic: tree sums in fp32 ----------------------------------------------------------------------------
+
+struct Arithmetic {
+    void (*add)(const float *a, const float *b, float *out, size_t n);
+    void (*widen[3])(const void *in, float *out, size_t n);
+    void (*narrow[3])(const float *in, void *out, size_t n);
+};
+
+uint32_t bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+float value(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+uint16_t bf16_of(float x) {
+    uint32_t u = bits(x);
+    if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+float fp16_value(uint16_t h) {
+    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
+    if (exponent == 31) return value(sign | 0x7f800000 | (fraction ? 0x400000 : 0) | (fraction << 13));
+    if (exponent) return value(sign | ((exponent + 112) << 23) | (fraction << 13));
+    float small = float(fraction) * 0x1p-24f;  // exact: a subnormal counts units of 2^-24
+    return value(sign | bits(small));
+}
+
+uint16_t fp16_of(float x) {
+    uint32_t u = bits(x), magnitude = u & 0x7fffffff;
+    uint16_t sign = uint16_t((u >> 16) & 0x8000);
+    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));  // as vcvtps2ph
+    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and up round to infinity
+    if (magnitude < 0x38800000) {  // below 2^-14: the sum's last bit is worth 2^-24, so it rounds as fp16 does
+        float rounded = value(magnitude) + 0.5f;
+        return uint16_t(sign | (bits(rounded) - 0x3f000000));
+    }
+    uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+    return uint16_t(sign | ((rounded - (112u << 23)) >> 13));
+}
+
+void add_plain(const float *a, const float *b, float *out, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
+}
+
+void widen_bf16_plain(const void *in, float *out, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = value(uint32_t(static_cast<const uint16_t *>(in)[i]) << 16);
+}
+
+void narrow_bf16_plain(const float *in, void *out, size_t n) {
+    for (size_t i = 0; i < n; i++) static_cast<uint16_t *>(out)[i] = bf16_of(in[i]);
+}
+
+void widen_fp16_plain(const void *in, float *out, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = fp16_value(static_cast<const uint16_t *>(in)[i]);
+}
+
+void narrow_fp16_plain(const float *in, void *out, size_t n) {
+    for (size_t i = 0; i < n; i++) static_cast<uint16_t *>(out)[i] = fp16_of(in[i]);
+}
+
+const Arithmetic kPlain = {
+    add_plain,
+    {nullptr, widen_bf16_plain, widen_fp16_plain},
+    {nullptr, narrow_bf16_plain, narrow_fp16_plain},
+};
+
+#define DLB_AVX2 __attribute__((target("avx2,f16c")))
+
+DLB_AVX2 void add_avx2(const float *a, const float *b, float *out, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m256 low = _mm256_add_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i));
+        __m256 high = _mm256_add_ps(_mm256_loadu_ps(a + i + 8), _mm256_loadu_ps(b + i + 8));
+        _mm256_storeu_ps(out + i, low);
+        _mm256_storeu_ps(out + i + 8, high);
+    }
+    for (; i < n; i++) out[i] = a[i] + b[i];
+}
+
+DLB_AVX2 void widen_bf16_avx2(const void *in, float *out, size_t n) {
+    const uint16_t *source = static_cast<const uint16_t *>(in);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(source + i));
+        __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+        _mm256_storeu_ps(out + i, _mm256_castsi256_ps(wide));
+    }
+    widen_bf16_plain(source + i, out + i, n - i);
+}
+
+DLB_AVX2 void narrow_bf16_avx2(const float *in, void *out, size_t n) {
+    uint16_t *target = static_cast<uint16_t *>(out);
+    const __m256i one = _mm256_set1_epi32(1), bias = _mm256_set1_epi32(0x7fff), nan = _mm256_set1_epi32(0x7fc0);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 x = _mm256_loadu_ps(in + i);
+        __m256i u = _mm256_castps_si256(x);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), one);
+        __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(bias, odd)), 16);
+        __m256i unordered = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+        rounded = _mm256_blendv_epi8(rounded, nan, unordered);
+        __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(target + i), packed);
+    }
+    narrow_bf16_plain(in + i, target + i, n - i);
+}
+
+DLB_AVX2 void widen_fp16_avx2(const void *in, float *out, size_t n) {
+    const uint16_t *source = static_cast<const uint16_t *>(in);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(source + i))));
+    widen_fp16_plain(source + i, out + i, n - i);
+}
+
+DLB_AVX2 void narrow_fp16_avx2(const float *in, void *out, size_t n) {
+    uint16_t *target = static_cast<uint16_t *>(out);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(target + i), half);
+    }
+    narrow_fp16_plain(in + i, target + i, n - i);
+}
+
+const Arithmetic kAvx2 = {
+    add_avx2,
+    {nullptr, widen_bf16_avx2, widen_fp16_avx2},
+    {nullptr, narrow_bf16_avx2, narrow_fp16_avx2},
+};
+
+const Arithmetic *arithmetic() {
+    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return avx2 ? &kAvx2 : &kPlain;
+}
+
+size_t width(int dtype) { return dtype == DLB_SHM_FP32 ? 4 : 2; }
+
+// dst may be one of the sources: a block is read to its end before it is written.
+void tree_sum(const Arithmetic &math, const int8_t *program, int length, const void *const *sources, void *dst,
+              size_t count, int dtype) {
+    alignas(kLine) float temporary[kMaxDepth][kBlock];
+    const float *stack[kMaxDepth];
+    const size_t element = width(dtype);
+    const bool wide = dtype == DLB_SHM_FP32;
+    for (size_t start = 0; start < count; start += kBlock) {
+        const size_t n = count - start < kBlock ? count - start : kBlock;
+        char *target = static_cast<char *>(dst) + start * element;
+        int depth = 0;
+        for (int i = 0; i < length; i++) {
+            if (program[i] < 0) {
+                depth--;
+                float *out = wide && i == length - 1 ? reinterpret_cast<float *>(target) : temporary[depth - 1];
+                math.add(stack[depth - 1], stack[depth], out, n);
+                stack[depth - 1] = out;
+                continue;
+            }
+            const char *source = static_cast<const char *>(sources[int(program[i])]) + start * element;
+            if (wide) {
+                stack[depth] = reinterpret_cast<const float *>(source);
+            } else {
+                math.widen[dtype](source, temporary[depth], n);
+                stack[depth] = temporary[depth];
+            }
+            depth++;
+        }
+        if (!wide) math.narrow[dtype](stack[0], target, n);
+    }
+}
+
+// ---- rounds ---------------------------------------------------------------------------------------------------
+
+Control *control(const dlb_shm *g, int rank) { return reinterpret_cast<Control *>(g->base + size_t(rank) * kRegion); }
+
+char *input(const dlb_shm *g, int rank, uint32_t round) {
+    return g->base + size_t(rank) * kRegion + kControl + (round & 1) * kChunk;
+}
+
+char *result(const dlb_shm *g, int rank, uint32_t round) {
+    return g->base + size_t(rank) * kRegion + kControl + 2 * kChunk + (round & 1) * kResult;
+}
+
+// A peer is at most one round ahead, so the difference is small and the numbers may wrap.
+bool reached(const dlb_shm *g, int rank) {
+    return int32_t(control(g, rank)->published.load(std::memory_order_acquire) - g->round) >= 0;
+}
+
+void publish(dlb_shm *g, int op, int dtype, uint64_t count, int source) {
+    Control *own = control(g, g->rank);
+    const uint32_t round = ++g->round;
+    own->headers[round & 1] = Header{count, round, uint8_t(op), uint8_t(dtype), int16_t(source)};
+    // Sequentially consistent with the sleepers' count: either we see the sleeper or it sees our number.
+    own->published.store(round, std::memory_order_seq_cst);
+    if (own->sleepers.load(std::memory_order_seq_cst)) futex_wake(&own->published);
+    g->published = true;
+    g->waiting_since = 0;
+}
+
+int fail(dlb_shm *g, int kind, int rank, int reporter) {
+    Control *own = control(g, g->rank);
+    g->failed = true;
+    g->fault.kind = kind;
+    g->fault.rank = rank;
+    g->fault.reporter = reporter;
+    own->fault_kind.store(kind, std::memory_order_relaxed);
+    own->fault_rank.store(rank, std::memory_order_relaxed);
+    own->state.store(kFailed, std::memory_order_release);
+    futex_wake(&own->published);
+    return DLB_SHM_FAULT;
+}
+
+// kill(pid, 0) succeeds on a zombie, a pidfd tells; without pidfds the state in /proc does.
+bool ended(const dlb_shm *g, int rank) {
+    if (g->pidfds[rank] >= 0) {
+        pollfd p = {g->pidfds[rank], POLLIN, 0};
+        return poll(&p, 1, 0) == 1;
+    }
+    char path[64], text[512];
+    snprintf(path, sizeof path, "/proc/%d/stat", g->pids[rank]);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return errno == ENOENT;
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (n <= 0) return true;
+    text[n] = 0;
+    const char *name_end = strrchr(text, ')');
+    return name_end && (name_end[2] == 'Z' || name_end[2] == 'X');
+}
+
+// Look at the peers that are late; true if one of them will never come.
+bool anyone_gone(dlb_shm *g) {
+    for (int p = 0; p < g->size; p++) {
+        if (p == g->rank || reached(g, p)) continue;
+        Control *peer = control(g, p);
+        const uint32_t state = peer->state.load(std::memory_order_acquire);
+        const bool dead = ended(g, p);
+        if (reached(g, p)) continue;  // it published and went between our two looks
+        if (state == kFailed) {
+            fail(g, peer->fault_kind.load(std::memory_order_relaxed), peer->fault_rank.load(std::memory_order_relaxed),
+                 p);
+            return true;
+        }
+        if (state == kClosed || dead) {
+            fail(g, state == kClosed ? DLB_SHM_CLOSED : DLB_SHM_DEAD, p, g->rank);
+            return true;
+        }
+    }
+    return false;
+}
+
+int sleep_for(dlb_shm *g, int p, double timeout) {
+    Control *peer = control(g, p);
+    const int64_t entered = now();
+    if (!g->waiting_since) g->waiting_since = g->looked = entered;
+    for (;;) {
+        peer->sleepers.fetch_add(1, std::memory_order_seq_cst);
+        const uint32_t seen = peer->published.load(std::memory_order_seq_cst);
+        if (int32_t(seen - g->round) < 0) futex_wait(&peer->published, seen, kSlice);
+        peer->sleepers.fetch_sub(1, std::memory_order_relaxed);
+        if (reached(g, p)) return DLB_SHM_OK;
+        const int64_t t = now();
+        const bool late = double(t - g->waiting_since) * 1e-9 > timeout;
+        if (late || t - g->looked >= kLook || peer->state.load(std::memory_order_relaxed) != kRunning) {
+            g->looked = t;
+            if (anyone_gone(g)) return DLB_SHM_FAULT;
+        }
+        if (late) return reached(g, p) ? DLB_SHM_OK : fail(g, DLB_SHM_SILENT, p, g->rank);
+        if (t - entered >= kReturn) return DLB_SHM_AGAIN;
+    }
+}
+
+// With fewer cores than ranks spinning only keeps the peer from running. Every mask is in place once all have
+// published their first round.
+void probe_cores(dlb_shm *g) {
+    cpu_set_t all;
+    CPU_ZERO(&all);
+    bool known = true;
+    for (int p = 0; p < g->size; p++) {
+        const Control *peer = control(g, p);
+        known = known && peer->cpus_known;
+        CPU_OR(&all, &all, &peer->cpus);
+    }
+    if (known && CPU_COUNT(&all) < g->size) {
+        g->spins = 20;
+        g->yields = 50;
+    }
+    g->probed = true;
+}
+
+// Wait until every rank has published the current round, and check that all make the same call. `expected` has the
+// count of each rank where these may differ.
+int wait_all(dlb_shm *g, const uint64_t *expected, double timeout) {
+    for (int i = 1; i < g->size; i++) {
+        const int p = (g->rank + i) % g->size;
+        bool here = reached(g, p);
+        for (int n = 0; n < g->spins && !here; n++) {
+            _mm_pause();
+            here = reached(g, p);
+        }
+        for (int n = 0; n < g->yields && !here; n++) {
+            sched_yield();
+            here = reached(g, p);
+        }
+        if (here) continue;
+        const int status = sleep_for(g, p, timeout);
+        if (status != DLB_SHM_OK) return status;
+    }
+    const Header &own = control(g, g->rank)->headers[g->round & 1];
+    for (int p = 0; p < g->size; p++) {
+        const Header theirs = control(g, p)->headers[g->round & 1];
+        const uint64_t count = expected ? expected[p] : own.count;
+        if (theirs.op == own.op && theirs.dtype == own.dtype && theirs.source == own.source && theirs.count == count)
+            continue;
+        g->fault.op = theirs.op;
+        g->fault.dtype = theirs.dtype;
+        g->fault.source = theirs.source;
+        g->fault.count = theirs.count;
+        return fail(g, DLB_SHM_MISMATCH, p, g->rank);
+    }
+    if (!g->probed) probe_cores(g);
+    g->published = false;
+    return DLB_SHM_OK;
+}
+
+int finish(dlb_shm *g) {
+    g->step = 0;
+    return DLB_SHM_OK;
+}
+
+size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+// ---- all-reduce -----------------------------------------------------------------------------------------------
+
+int reduce_small(dlb_shm *g, char *data, size_t count, int dtype, double timeout) {
+    if (!g->published) {
+        memcpy(input(g, g->rank, g->round + 1), data, count * width(dtype));
+        publish(g, DLB_SHM_ALL_REDUCE, dtype, count, 0);
+    }
+    const int status = wait_all(g, nullptr, timeout);
+    if (status != DLB_SHM_OK) return status;
+    const void *sources[kMaxRanks];
+    for (int p = 0; p < g->size; p++) sources[p] = p == g->rank ? data : input(g, p, g->round);
+    tree_sum(*arithmetic(), g->program, g->program_length, sources, data, count, dtype);
+    return finish(g);
+}
+
+// Slices are cut at cache lines.
+size_t slice_start(const dlb_shm *g, int rank, size_t bytes) {
+    const size_t lines = (bytes + kLine - 1) / kLine;
+    return least(bytes, lines * size_t(rank) / size_t(g->size) * kLine);
+}
+
+void put_slices(dlb_shm *g, const char *chunk, size_t bytes) {
+    char *out = input(g, g->rank, g->round + 1);
+    const size_t start = slice_start(g, g->rank, bytes), stop = slice_start(g, g->rank + 1, bytes);
+    memcpy(out, chunk, start);
+    memcpy(out + stop, chunk + stop, bytes - stop);
+}
+
+void get_slices(dlb_shm *g, char *chunk, size_t bytes) {
+    for (int i = 1; i < g->size; i++) {
+        const int p = (g->rank + i) % g->size;
+        const size_t start = slice_start(g, p, bytes), stop = slice_start(g, p + 1, bytes);
+        memcpy(chunk + start, result(g, p, g->round), stop - start);
+    }
+}
+
+// The sum of this rank's slice is published with the next round, hence the next round's buffer.
+void add_slice(dlb_shm *g, char *chunk, size_t bytes, int dtype) {
+    const size_t start = slice_start(g, g->rank, bytes), stop = slice_start(g, g->rank + 1, bytes);
+    const void *sources[kMaxRanks];
+    for (int p = 0; p < g->size; p++) sources[p] = (p == g->rank ? chunk : input(g, p, g->round)) + start;
+    char *out = result(g, g->rank, g->round + 1);
+    tree_sum(*arithmetic(), g->program, g->program_length, sources, out, (stop - start) / width(dtype), dtype);
+    memcpy(chunk + start, out, stop - start);
+}
+
+// Chunk k travels in round k and its sum in round k + 1, together with chunk k + 1.
+int reduce_large(dlb_shm *g, char *data, size_t count, int dtype, double timeout) {
+    const size_t bytes = count * width(dtype), chunks = (bytes + kChunk - 1) / kChunk;
+    for (;; g->step++) {
+        const size_t k = g->step;
+        char *chunk = data + k * kChunk;
+        if (!g->published) {
+            if (k < chunks) put_slices(g, chunk, least(kChunk, bytes - k * kChunk));
+            publish(g, DLB_SHM_ALL_REDUCE, dtype, count, 0);
+        }
+        const int status = wait_all(g, nullptr, timeout);
+        if (status != DLB_SHM_OK) return status;
+        if (k < chunks) add_slice(g, chunk, least(kChunk, bytes - k * kChunk), dtype);
+        if (k > 0) get_slices(g, chunk - kChunk, least(kChunk, bytes - (k - 1) * kChunk));
+        if (k == chunks) return finish(g);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+uint64_t dlb_shm_region_bytes(void) { return kRegion; }
+
+dlb_shm *dlb_shm_attach(int fd, int rank, int size, const int32_t *pids, const int32_t *pidfds, const int8_t *program,
+                        int program_length, int *error) {
+    *error = EINVAL;
+    if (size < 2 || size > kMaxRanks || rank < 0 || rank >= size || program_length > kMaxProgram) return nullptr;
+    const size_t bytes = size_t(size) * kRegion;
+    struct stat status;
+    if (fstat(fd, &status) != 0 || size_t(status.st_size) < bytes) return nullptr;
+    void *base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED) {
+        *error = errno;
+        return nullptr;
+    }
+    dlb_shm *g = new (std::nothrow) dlb_shm();
+    if (!g) {
+        munmap(base, bytes);
+        *error = ENOMEM;
+        return nullptr;
+    }
+    g->base = static_cast<char *>(base);
+    g->bytes = bytes;
+    g->rank = rank;
+    g->size = size;
+    g->spins = 2000;  // some 50 to 100 microseconds
+    g->yields = 20;
+    for (int p = 0; p < size; p++) {
+        g->pids[p] = pids[p];
+        g->pidfds[p] = pidfds[p];
+    }
+    memcpy(g->program, program, size_t(program_length));
+    g->program_length = program_length;
+    Control *own = control(g, rank);
+    own->cpus_known = sched_getaffinity(0, sizeof own->cpus, &own->cpus) == 0;
+    *error = 0;
+    return g;
+}
+
+int dlb_shm_try_all_reduce(dlb_shm *g, void *data, size_t count, int dtype, double timeout) {
+    if (g->failed) return DLB_SHM_FAULT;
+    char *bytes = static_cast<char *>(data);
+    return count * width(dtype) <= kSmall ? reduce_small(g, bytes, count, dtype, timeout)
+                                          : reduce_large(g, bytes, count, dtype, timeout);
+}
+
+int dlb_shm_all_reduce(dlb_shm *g, float *data, size_t count, double timeout) {
+    int status;
+    do status = dlb_shm_try_all_reduce(g, data, count, DLB_SHM_FP32, timeout);
+    while (status == DLB_SHM_AGAIN);
+    return status;
+}
+
+int dlb_shm_try_all_gather(dlb_shm *g, const void *own, void *out, const uint64_t *bytes, double timeout) {
+    if (g->failed) return DLB_SHM_FAULT;
+    uint64_t most = 0;
+    for (int p = 0; p < g->size; p++) most = bytes[p] > most ? bytes[p] : most;
+    for (;; g->step++) {
+        const uint64_t start = g->step * kChunk;
+        if (!g->published) {
+            const uint64_t mine = bytes[g->rank];
+            if (start < mine) {
+                const char *from = static_cast<const char *>(own) + start;
+                memcpy(input(g, g->rank, g->round + 1), from, least(kChunk, mine - start));
+            }
+            publish(g, DLB_SHM_ALL_GATHER, kBytes, mine, 0);
+        }
+        const int status = wait_all(g, bytes, timeout);
+        if (status != DLB_SHM_OK) return status;
+        char *to = static_cast<char *>(out) + start;
+        for (int p = 0; p < g->size; to += bytes[p], p++)
+            if (start < bytes[p]) memcpy(to, input(g, p, g->round), least(kChunk, bytes[p] - start));
+        if (start + kChunk >= most) return finish(g);
+    }
+}
+
+int dlb_shm_try_broadcast(dlb_shm *g, void *data, uint64_t bytes, int source, double timeout) {
+    if (g->failed) return DLB_SHM_FAULT;
+    for (;; g->step++) {
+        const uint64_t start = g->step * kChunk, n = least(kChunk, bytes - start);
+        char *part = static_cast<char *>(data) + start;
+        if (!g->published) {
+            if (g->rank == source) memcpy(input(g, source, g->round + 1), part, n);
+            publish(g, DLB_SHM_BROADCAST, kBytes, bytes, source);
+        }
+        const int status = wait_all(g, nullptr, timeout);
+        if (status != DLB_SHM_OK) return status;
+        if (g->rank != source) memcpy(part, input(g, source, g->round), n);
+        if (start + kChunk >= bytes) return finish(g);
+    }
+}
+
+int dlb_shm_try_barrier(dlb_shm *g, double timeout) {
+    if (g->failed) return DLB_SHM_FAULT;
+    if (!g->published) publish(g, DLB_SHM_BARRIER, kBytes, 0, 0);
+    const int status = wait_all(g, nullptr, timeout);
+    return status == DLB_SHM_OK ? finish(g) : status;
+}
+
+void dlb_shm_fault(const dlb_shm *g, dlb_shm_fault_info *info) { *info = g->fault; }
+
+void dlb_shm_leave(dlb_shm *g) {
+    if (!g->failed) fail(g, DLB_SHM_LEFT, g->rank, g->rank);
+}
+
+void dlb_shm_close(dlb_shm *g) {
+    Control *own = control(g, g->rank);
+    uint32_t running = kRunning;
+    own->state.compare_exchange_strong(running, kClosed);
+    futex_wake(&own->published);
+    munmap(g->base, g->bytes);
+    for (int p = 0; p < g->size; p++)
+        if (g->pidfds[p] >= 0) close(g->pidfds[p]);
+    delete g;
+}
+
+void dlb_shm_tree_sum(const int8_t *program, int program_length, const void *const *sources, void *dst, size_t count,
+                      int dtype, int scalar) {
+    tree_sum(scalar ? kPlain : *arithmetic(), program, program_length, sources, dst, count, dtype);
+}
+}
