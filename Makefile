@@ -1,0 +1,92 @@
+# Needs Python >= 3.11 with venv, a C++17 compiler and make; the rest comes from the package index into .venv.
+#   make demo      set up, quantize the sample model, shard it for 2 ranks, generate text on 2 ranks
+#   make test      set up with the extras deepspeed, mpi and ccl, run the quick tests
+#   make test-all  every test; writes docs/test-all.md
+#   make wheel     dist/dist_lowbit-*-py3-none-linux_*.whl
+#   make lint      ruff, mypy, clang-format; make format mends what they can mend
+#   make clean     remove everything that these made
+# Variables: PYTHON (which interpreter), PIP_ARGS (more options for pip install), PYTEST_ARGS, SANITIZE (address,undefined
+# or thread: builds the kernels so).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+SANITIZE ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# mpirun of impi-rt and deepspeed look for their helpers on PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(PIP_ARGS)
+# Packages whose declared dependencies are far larger than what we use of them: oneCCL's CPU library needs no SYCL
+# runtime (1.9 GB), whisper no triton.
+SLIM := oneccl-devel tcmlib intel-cmplr-lib-rt openai-whisper
+
+KERNELS := CMakeLists.txt $(shell find kernels/cpu -type f 2>/dev/null)
+STRICT := core formats comm parallel checkpoint launcher
+CXX_FILES = $(shell git ls-files -co --exclude-standard 'kernels/*.cpp' 'kernels/*.h')
+SAMPLE := dist_lowbit/sample/storyteller
+DEMO := demo-out
+
+.PHONY: help demo test test-all wheel lint format clean
+
+help:
+	@sed -n 's/^#   //p; s/^# \(Variables.*\)/\1/p' Makefile
+
+# Three stamps, so that a second call does nothing and an edited kernel rebuilds the library only.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}, expected 3.11 or newer; name another with make PYTHON=...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing dist_lowbit and what it needs into $(VENV) (the first time takes minutes)"
+	$(INSTALL) -e . -C cmake.define.DLB_SANITIZE=$(SANITIZE)
+	@touch $@ $(VENV)/.kernels
+
+$(VENV)/.kernels: $(VENV)/.base $(KERNELS)
+	$(INSTALL) --no-deps -e . -C cmake.define.DLB_SANITIZE=$(SANITIZE)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@echo "Installing the extras deepspeed, mpi, ccl, test and dev into $(VENV)"
+	$(INSTALL) -e '.[deepspeed,mpi,serve,test,dev]' -C cmake.define.DLB_SANITIZE=$(SANITIZE)
+	$(INSTALL) --no-deps $(SLIM)
+	@touch $@ $(VENV)/.kernels
+
+demo: $(VENV)/.kernels
+	rm -rf $(DEMO)
+	$(BIN)/dist-lowbit convert $(SAMPLE) $(DEMO) --low-bit sym_int4 --tp 2
+	$(BIN)/dist-lowbit generate $(DEMO) -n 2 --prompt "Once upon a time" --max-new-tokens 48
+
+test: $(VENV)/.test $(VENV)/.kernels
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.test $(VENV)/.kernels
+	$(BIN)/python -m pytest --slow --record docs/test-all.md $(PYTEST_ARGS)
+
+wheel: $(VENV)/.python
+	$(BIN)/pip wheel --quiet --no-deps $(PIP_ARGS) -w dist .
+	@ls -l dist/*.whl
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(STRICT:%=-p dist_lowbit.%)
+	@test -z '$(CXX_FILES)' || $(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	@test -z '$(CXX_FILES)' || $(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
