@@ -1,0 +1,98 @@
+// What the 256-bit ISAs share: loads, shifts, scales, quantizing. For inclusion within an anonymous namespace.
+
+struct Base256 {
+    using I = __m256i;
+    using F = __m256;
+    static constexpr int kLanes = 8, kHalves = 2, kPrefetch = 2048;
+
+    static inline I load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static inline I and_(I a, I b) { return _mm256_and_si256(a, b); }
+    static inline I or_(I a, I b) { return _mm256_or_si256(a, b); }
+    static inline I set1_8(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
+    template <int S>
+    static inline I srl16(I a) { return _mm256_srli_epi16(a, S); }
+    template <int S>
+    static inline I sll16(I a) { return _mm256_slli_epi16(a, S); }
+    static inline I flip_sign(I a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
+    static inline I quad(const int8_t* p) {
+        int32_t four;
+        __builtin_memcpy(&four, p, 4);
+        return _mm256_set1_epi32(four);
+    }
+    static inline F zero_f() { return _mm256_setzero_ps(); }
+    static inline F set1_f(float v) { return _mm256_set1_ps(v); }
+    static inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static inline void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+    static inline F to_f(I a) { return _mm256_cvtepi32_ps(a); }
+    static inline I set1_32(int v) { return _mm256_set1_epi32(v); }
+    static inline I sub_32(I a, int v) { return _mm256_sub_epi32(a, _mm256_set1_epi32(v)); }
+    // a - center * factor, all int32
+    static inline I sub_scaled(I a, I center, int32_t factor) {
+        return _mm256_sub_epi32(a, _mm256_mullo_epi32(center, _mm256_set1_epi32(factor)));
+    }
+    static inline I widen_codes(const uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+    static inline F scale16(const uint8_t* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static inline F scale32(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+};
+
+// The first `count` of eight floats, the others zero.
+inline __m256 load_first(const float* x, int64_t count) {
+    if (count >= 8) return _mm256_loadu_ps(x);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane));
+}
+
+// `length` floats of one block to int8; q gets zeros up to the next multiple of 32.
+inline void quantize_block(const float* x, int64_t length, int8_t* q, float* scale, int32_t* sum) {
+    // Magnitudes compare as integers, and NaN and Inf come out on top.
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i top = _mm256_setzero_si256();
+    for (int64_t i = 0; i < length; i += 8)
+        top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(load_first(x + i, length - i)), magnitude));
+    __m128i top4 = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    top4 = _mm_max_epi32(top4, _mm_shuffle_epi32(top4, 0x4e));
+    top4 = _mm_max_epi32(top4, _mm_shuffle_epi32(top4, 0xb1));
+    const int32_t bits = _mm_cvtsi128_si32(top4);
+    const float peak = _mm_cvtss_f32(_mm_castsi128_ps(top4));
+    const bool bad = bits >= 0x7f800000, empty = bad || peak < 1e-30f;
+    const __m256 inverse = _mm256_set1_ps(empty ? 0.0f : 127.0f / peak);
+    *scale = bad ? __builtin_nanf("") : empty ? 0.0f : peak / 127.0f;
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i total = _mm256_setzero_si256();
+    for (int64_t i = 0; i < length; i += 32) {
+        __m256i part[4];
+        for (int j = 0; j < 4; ++j) {
+            const int64_t left = length - i - 8 * j;
+            const __m256 value = empty || left <= 0 ? _mm256_setzero_ps() : load_first(x + i + 8 * j, left);
+            part[j] = _mm256_cvtps_epi32(_mm256_mul_ps(value, inverse));
+            total = _mm256_add_epi32(total, part[j]);
+        }
+        const __m256i low = _mm256_packs_epi32(part[0], part[1]), high = _mm256_packs_epi32(part[2], part[3]);
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), bytes);
+    }
+    __m128i sum4 = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+    sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0x4e));
+    sum4 = _mm_add_epi32(sum4, _mm_shuffle_epi32(sum4, 0xb1));
+    *sum = _mm_cvtsi128_si32(sum4);
+}
+
+inline void quantize_row(const float* x, int64_t k, int64_t block, int8_t* q, float* scale, int32_t* sum) {
+    for (int64_t at = 0, b = 0; at < k; at += block, ++b)
+        quantize_block(x + at, k - at < block ? k - at : block, q + at, scale + b, sum + b);
+}
+
+inline uint64_t read_lines(const uint8_t* data, int64_t bytes) {
+    __m256i sum[4] = {};
+    for (int64_t i = 0; i + 128 <= bytes; i += 128)
+        for (int j = 0; j < 4; ++j) sum[j] = _mm256_add_epi64(sum[j], Base256::load(data + i + 32 * j));
+    const __m256i all = _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3]));
+    uint64_t part[4];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), all);
+    return part[0] + part[1] + part[2] + part[3];
+}

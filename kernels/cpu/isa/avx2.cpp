@@ -1,0 +1,49 @@
+// AVX2 with F16C: unsigned codes straight into maddubs, widened from int16 as seldom as their width allows.
+#include <immintrin.h>
+#include <string.h>
+
+#include "../api.h"
+#include "../layout.h"
+
+namespace dlb {
+namespace {
+
+#include "../generic/avx2_base.h"
+#include "../generic/tree.h"
+
+struct Avx2 : Base256 {
+    static constexpr int kTokens = 4;
+    static constexpr bool kSignedBytes = true;
+
+    // A pair of products is at most 2 * 127 * (2^bits - 1), so this many pairs fit an int16: 8 of 4 bits (30480),
+    // 4 of 5 bits (31496), 2 of 6 bits (32004). Codes of 8 bits come signed: maddubs wants |c| and x with c's sign,
+    // one pair is at most 2 * 128 * 127 = 32512.
+    template <int Bits, int Tokens>
+    struct Dot {
+        static constexpr int kPairs = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
+        I narrow, wide;
+
+        inline void clear() { wide = _mm256_setzero_si256(); }
+        template <int Q>
+        inline __attribute__((always_inline)) void step(I w, I x) {
+            const I pairs = Bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+                                      : _mm256_maddubs_epi16(w, x);
+            narrow = Q % kPairs == 0 ? pairs : _mm256_add_epi16(narrow, pairs);
+            if constexpr (Q % kPairs == kPairs - 1)
+                wide = _mm256_add_epi32(wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+        }
+        inline I sum() const { return wide; }
+    };
+};
+
+#include "../generic/linear_affine.h"
+
+}  // namespace
+
+void fill_avx2(KernelTable& table) {
+    table.quantize = quantize_row;
+    table.read_all = read_lines;
+    fill_affine<Avx2>(table);
+}
+
+}  // namespace dlb

@@ -1,0 +1,75 @@
+// AVX-512 with VNNI: one line of a panel is one register, sixteen rows of N.
+#include <immintrin.h>
+#include <string.h>
+
+#include "../api.h"
+#include "../layout.h"
+
+namespace dlb {
+namespace {
+
+#include "../generic/tree.h"
+
+struct Avx512 {
+    using I = __m512i;
+    using F = __m512;
+    static constexpr int kLanes = 16, kHalves = 1, kPrefetch = 2048, kTokens = 8;
+    static constexpr bool kSignedBytes = false;
+
+    template <int Bits, int Tokens>
+    struct Dot {
+        // Two chains where few tokens leave the adder's latency bare.
+        static constexpr int kChains = Tokens <= 4 ? 2 : 1;
+        I part[kChains];
+
+        inline void clear() {
+            for (int i = 0; i < kChains; ++i) part[i] = _mm512_setzero_si512();
+        }
+        template <int Q>
+        inline __attribute__((always_inline)) void step(I w, I x) {
+            part[Q % kChains] = _mm512_dpbusd_epi32(part[Q % kChains], w, x);
+        }
+        inline I sum() const { return kChains == 1 ? part[0] : _mm512_add_epi32(part[0], part[kChains - 1]); }
+    };
+
+    static inline I load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static inline I and_(I a, I b) { return _mm512_and_si512(a, b); }
+    static inline I or_(I a, I b) { return _mm512_or_si512(a, b); }
+    static inline I set1_8(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+    template <int S>
+    static inline I srl16(I a) { return _mm512_srli_epi16(a, S); }
+    template <int S>
+    static inline I sll16(I a) { return _mm512_slli_epi16(a, S); }
+    static inline I quad(const int8_t* p) {
+        int32_t four;
+        __builtin_memcpy(&four, p, 4);
+        return _mm512_set1_epi32(four);
+    }
+    static inline F zero_f() { return _mm512_setzero_ps(); }
+    static inline F set1_f(float v) { return _mm512_set1_ps(v); }
+    static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static inline void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+    static inline F to_f(I a) { return _mm512_cvtepi32_ps(a); }
+    static inline I set1_32(int v) { return _mm512_set1_epi32(v); }
+    static inline I sub_32(I a, int v) { return _mm512_sub_epi32(a, _mm512_set1_epi32(v)); }
+    // a - center * factor, all int32
+    static inline I sub_scaled(I a, I center, int32_t factor) {
+        return _mm512_sub_epi32(a, _mm512_mullo_epi32(center, _mm512_set1_epi32(factor)));
+    }
+    static inline I widen_codes(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static inline F scale16(const uint8_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static inline F scale32(const uint8_t* p) { return _mm512_loadu_ps(p); }
+};
+
+#include "../generic/linear_affine.h"
+
+}  // namespace
+
+void fill_avx512_vnni(KernelTable& table) { fill_affine<Avx512>(table); }
+
+}  // namespace dlb

@@ -1,0 +1,41 @@
+// AVX-VNNI: 256-bit dpbusd adds four products of unsigned codes and signed activations straight into int32.
+#include <immintrin.h>
+#include <string.h>
+
+#include "../api.h"
+#include "../layout.h"
+
+namespace dlb {
+namespace {
+
+#include "../generic/avx2_base.h"
+#include "../generic/tree.h"
+
+struct AvxVnni : Base256 {
+    static constexpr int kTokens = 6;
+    static constexpr bool kSignedBytes = false;
+
+    template <int Bits, int Tokens>
+    struct Dot {
+        // Two chains where few tokens leave the adder's latency bare.
+        static constexpr int kChains = Tokens <= 4 ? 2 : 1;
+        I part[kChains];
+
+        inline void clear() {
+            for (int i = 0; i < kChains; ++i) part[i] = _mm256_setzero_si256();
+        }
+        template <int Q>
+        inline __attribute__((always_inline)) void step(I w, I x) {
+            part[Q % kChains] = _mm256_dpbusd_avx_epi32(part[Q % kChains], w, x);
+        }
+        inline I sum() const { return kChains == 1 ? part[0] : _mm256_add_epi32(part[0], part[kChains - 1]); }
+    };
+};
+
+#include "../generic/linear_affine.h"
+
+}  // namespace
+
+void fill_avx_vnni(KernelTable& table) { fill_affine<AvxVnni>(table); }
+
+}  // namespace dlb

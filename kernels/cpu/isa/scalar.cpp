@@ -1,0 +1,166 @@
+// Every slot in plain C++ for any x86-64: the fallback, and the version to read first.
+#include <string.h>
+
+#include "../api.h"
+#include "../layout.h"
+
+namespace dlb {
+namespace {
+
+#include "../generic/half.h"
+#include "../generic/tree.h"
+
+constexpr int kTokens = 4;  // rows of x that share one decoding of the weights
+
+// Round to nearest even, for |x| < 2^22: the addition leaves no bits below the unit.
+inline int32_t round_even(float x) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23
+    return static_cast<int32_t>((x + magic) - magic);
+}
+
+void quantize_block(const float* x, int64_t length, int8_t* q, float* scale, int32_t* sum) {
+    // Magnitudes compare as integers, and NaN and Inf come out on top.
+    uint32_t top = 0;
+    for (int64_t i = 0; i < length; ++i) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float peak;
+    memcpy(&peak, &top, 4);
+    *sum = 0;
+    if (top >= 0x7f800000 || peak < 1e-30f) {
+        memset(q, 0, static_cast<size_t>(length));
+        *scale = top >= 0x7f800000 ? __builtin_nanf("") : 0.0f;
+        return;
+    }
+    const float inverse = 127.0f / peak;
+    int32_t total = 0;
+    for (int64_t i = 0; i < length; ++i) {
+        const int32_t value = round_even(x[i] * inverse);
+        q[i] = static_cast<int8_t>(value);
+        total += value;
+    }
+    *scale = peak / 127.0f;
+    *sum = total;
+}
+
+void quantize(const float* x, int64_t k, int64_t block, int8_t* q, float* scale, int32_t* sum) {
+    for (int64_t at = 0, b = 0; at < k; at += block, ++b)
+        quantize_block(x + at, k - at < block ? k - at : block, q + at, scale + b, sum + b);
+    memset(q + k, 0, static_cast<size_t>(round_up(k, kChunk) - k));
+}
+
+// The codes of one chunk, [16][32].
+void decode_chunk(const LinearView& w, const uint8_t* panel, int64_t chunk, uint8_t codes[kPanelRows][kChunk]) {
+    memset(codes, 0, kPanelRows * kChunk);
+    for (int p = 0, shift = 0; p < 2; ++p) {
+        const int b = kPlanes[w.bits].bits[p];
+        if (b == 0) continue;
+        const uint8_t* lines = panel + w.plane_offset[p] + chunk * b * kLineBytes;
+        const int per_byte = 8 / b, mask = (1 << b) - 1;
+        for (int quad = 0; quad < kChunk / 4; ++quad) {
+            const uint8_t* line = lines + quad / per_byte * kLineBytes;
+            const int right = b * (quad % per_byte);
+            for (int r = 0; r < kPanelRows; ++r)
+                for (int j = 0; j < 4; ++j)
+                    codes[r][quad * 4 + j] |= static_cast<uint8_t>(((line[r * 4 + j] >> right) & mask) << shift);
+        }
+        shift += b;
+    }
+}
+
+float load_scale(const LinearView& w, const uint8_t* table, int64_t index) {
+    if (w.scale_type == DLB_SCALE_FP16) {
+        uint16_t half;
+        memcpy(&half, table + 2 * index, 2);
+        return half_to_float(half);
+    }
+    float value;
+    memcpy(&value, table + 4 * index, 4);
+    return value;
+}
+
+// acc += the block's contribution, for one token and the panel's rows.
+void add_block(const LinearView& w, const uint8_t* panel, int64_t block, const int32_t* dot, float x_scale, int32_t sum,
+               float* acc) {
+    const int64_t group = block * w.scale_step * kPanelRows;
+    const uint8_t* offsets = panel + w.offset_offset;
+    for (int r = 0; r < kPanelRows; ++r) {
+        int32_t exact = dot[r];
+        if (w.offset == DLB_OFFSET_NONE) exact -= w.center * sum;
+        if (w.offset == DLB_OFFSET_ZERO_POINT) exact -= offsets[group + r] * sum;
+        acc[r] = acc[r] + static_cast<float>(exact) * (load_scale(w, panel, group + r) * x_scale);
+        if (w.offset == DLB_OFFSET_MIN)
+            acc[r] = acc[r] + static_cast<float>(sum) * (load_scale(w, offsets, group + r) * x_scale);
+    }
+}
+
+// value[s][t][r]: the segments of `tokens` tokens, m_begin on.
+void run_segments(const LinearView& w, const uint8_t* panel, const ActView& x, int64_t m_begin, int tokens,
+                  float (*value)[kTokens][kPanelRows]) {
+    uint8_t codes[kPanelRows][kChunk];
+    for (int s = 0; s < kSegments; ++s) {
+        memset(value[s], 0, sizeof value[s]);
+        for (int64_t b = w.cuts[s]; b < w.cuts[s + 1]; ++b) {
+            const int64_t first = b * w.block / kChunk;
+            const int64_t chunks = b + 1 == x.blocks ? w.last_chunks : w.block / kChunk;
+            int32_t dot[kTokens][kPanelRows] = {};
+            for (int64_t c = first; c < first + chunks; ++c) {
+                decode_chunk(w, panel, c, codes);
+                for (int t = 0; t < tokens; ++t) {
+                    const int8_t* q = x.q + (m_begin + t) * x.q_stride + c * kChunk;
+                    for (int r = 0; r < kPanelRows; ++r)
+                        for (int i = 0; i < kChunk; ++i) dot[t][r] += codes[r][i] * q[i];
+                }
+            }
+            for (int t = 0; t < tokens; ++t) {
+                const int64_t at = (m_begin + t) * x.blocks + b;
+                add_block(w, panel, b, dot[t], x.scale[at], x.sum[at], value[s][t]);
+            }
+        }
+    }
+}
+
+void linear(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end, int64_t m_begin,
+            int64_t m_end, float* y, int64_t y_stride) {
+    float value[kSegments][kTokens][kPanelRows];
+    for (int64_t p = panel_begin; p < panel_end; ++p)
+        for (int64_t m = m_begin; m < m_end; m += kTokens) {
+            const int tokens = static_cast<int>(m_end - m < kTokens ? m_end - m : kTokens);
+            run_segments(w, w.panels + p * w.panel_bytes, x, m, tokens, value);
+            bool present[kSegments];
+            for (int s = 0; s < kSegments; ++s) present[s] = w.cuts[s] < w.cuts[s + 1];
+            float* flat = value[0][0];
+            constexpr int kSize = kTokens * kPanelRows;
+            segment_tree(
+                present,
+                [&](int a, int b) {
+                    for (int i = 0; i < kSize; ++i) flat[a * kSize + i] += flat[b * kSize + i];
+                },
+                [&](int a, int b) { memcpy(flat + a * kSize, flat + b * kSize, kSize * sizeof(float)); });
+            const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
+            for (int t = 0; t < tokens; ++t)
+                memcpy(y + (m + t) * y_stride + first, value[0][t], static_cast<size_t>(rows) * sizeof(float));
+        }
+}
+
+uint64_t read_all(const uint8_t* data, int64_t bytes) {
+    uint64_t total = 0, word;
+    for (int64_t i = 0; i + 8 <= bytes; i += 8) {
+        memcpy(&word, data + i, 8);
+        total += word;
+    }
+    return total;
+}
+
+}  // namespace
+
+void fill_scalar(KernelTable& table) {
+    table.quantize = quantize;
+    for (int bits = 1; bits <= kMaxBits; ++bits) table.linear_affine[bits] = linear;
+    table.read_all = read_all;
+}
+
+}  // namespace dlb

@@ -1,0 +1,63 @@
+// What an ISA file may implement: plain structs of pointers and a table of function pointers.
+// Included by ISA files, so it holds no code at all.
+#pragma once
+
+#include <stdint.h>
+
+namespace dlb {
+
+constexpr int kPanelRows = 16;  // rows of N stored together
+constexpr int kLineBytes = 64;  // 16 rows x 4 bytes: the unit of every plane (see layout.h)
+constexpr int kSegments = 8;
+constexpr int kMaxBits = 8;
+
+// A packed weight, its geometry resolved. Offsets are bytes from the start of a panel.
+struct LinearView {
+  const uint8_t* panels;
+  int64_t panel_bytes;
+  int64_t offset_offset;
+  int64_t plane_offset[2];
+  int64_t n, k;
+  int64_t block;        // elements of K per summation block, a multiple of 32 but for the last
+  int64_t last_chunks;  // chunks of 32 in the last block
+  int64_t cuts[kSegments + 1];  // in blocks
+  int32_t bits;
+  int32_t center;      // subtracted from every code where offset is none
+  int32_t offset;      // dlb_offset
+  int32_t scale_type;  // dlb_scale
+  int32_t scale_step;  // groups per block: 1, or 0 where one scale serves the whole row
+};
+
+// Quantized activations: q int8 [M, q_stride], zeros beyond K; scale and sum [M, blocks].
+struct ActView {
+  const int8_t* q;
+  const float* scale;
+  const int32_t* sum;
+  int64_t q_stride;
+  int64_t blocks;
+};
+
+// Quantize one row of k floats to int8 per block; writes q up to the next multiple of 32, zeros beyond k.
+using QuantizeFn = void (*)(const float* x, int64_t k, int64_t block, int8_t* q, float* scale, int32_t* sum);
+
+// y[m, n] for the rows of panels [panel_begin, panel_end) and the tokens [m_begin, m_end).
+using LinearFn = void (*)(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end,
+                          int64_t m_begin, int64_t m_end, float* y, int64_t y_stride);
+
+using ReadFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
+
+struct KernelTable {
+  const char* name;
+  QuantizeFn quantize;
+  LinearFn linear_affine[kMaxBits + 1];  // by bits of a code
+  ReadFn read_all;
+};
+
+// Each ISA file defines `void fill_NAME(KernelTable&)`, which overwrites only the slots it is good at.
+#define DLB_ISA(name, condition, flags) void fill_##name(KernelTable& table);
+#include "isa.def"
+#undef DLB_ISA
+
+const KernelTable& active_table();
+
+}  // namespace dlb

@@ -1,0 +1,85 @@
+// The one prepacked layout of integer and codebook weights, shared by every ISA.
+//
+//   header | panel 0 | panel 1 | ...          a panel: 16 rows of N (the last one padded with zeros), all of K
+//   panel  = scales | mins or zero points | plane 0 | plane 1          each part starts on 64 bytes
+//   scales = [blocks][16]                     or [1][16] where one scale serves a row
+//   plane of b bits = lines of 64 bytes; byte (r, j) of line l holds the codes k = (l * 8/b + t) * 4 + j of row r,
+//                     t = 0 .. 8/b - 1, at bits [b t, b t + b)
+//
+// So 32 elements of K (a chunk) take b lines of every plane, a shift and a mask turn a line into 16 rows x 4 codes, four
+// bytes of activations broadcast meet them in maddubs, dpbusd or a tile, and no ISA ever sums across lanes.
+#pragma once
+
+#include <string.h>
+
+#include "api.h"
+#include "kernel_table.h"
+
+namespace dlb {
+
+constexpr int kChunk = 32;
+constexpr int64_t kHeaderBytes = 256;
+constexpr int64_t kMaxBlock = 32768;  // 255 * 127 * 32768 < 2^31: a block's dot product fits int32
+
+struct PackedHeader {
+    char magic[8];
+    uint32_t version;
+    uint32_t layout;  // which family of layouts: 1 = this one
+    int64_t total_bytes;
+    dlb_linear_spec spec;
+};
+static_assert(sizeof(PackedHeader) <= kHeaderBytes, "the header has outgrown its room");
+
+constexpr char kMagic[8] = {'d', 'l', 'b', 'p', 'a', 'c', 'k', 0};
+constexpr uint32_t kLayoutVersion = 1;
+constexpr uint32_t kLayoutPanels = 1;
+
+// Planes of a code, low bits first; {0, 0} for widths that no format has.
+struct Planes {
+    int bits[2];
+};
+constexpr Planes kPlanes[kMaxBits + 1] = {{{0, 0}}, {{1, 0}}, {{2, 0}}, {{2, 1}}, {{4, 0}},
+                                          {{4, 1}}, {{4, 2}}, {{0, 0}}, {{8, 0}}};
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+static inline int64_t block_of(const dlb_linear_spec& s) { return s.group_size == -1 ? 64 : s.group_size; }
+static inline int64_t groups_of(const dlb_linear_spec& s) {
+    return s.group_size == -1 ? 1 : ceil_div(s.k, s.group_size);
+}
+static inline int64_t scale_bytes(const dlb_linear_spec& s) { return s.scale == DLB_SCALE_FP32 ? 4 : 2; }
+static inline int64_t offset_bytes(const dlb_linear_spec& s) {
+    return s.offset == DLB_OFFSET_NONE ? 0 : s.offset == DLB_OFFSET_MIN ? scale_bytes(s) : 1;
+}
+
+// Geometry of a spec that dlb_linear_why_not has no objection to; panels start after the header at `packed`.
+static inline LinearView view_of(const dlb_linear_spec& s, const void* packed) {
+    LinearView v;
+    memset(&v, 0, sizeof v);
+    v.panels = static_cast<const uint8_t*>(packed) + kHeaderBytes;
+    v.n = s.n;
+    v.k = s.k;
+    v.block = block_of(s);
+    const int64_t blocks = ceil_div(s.k, v.block);
+    v.last_chunks = s.k == 0 ? 0 : ceil_div(s.k - (blocks - 1) * v.block, kChunk);
+    v.bits = s.bits;
+    v.center = s.center;
+    v.offset = s.offset;
+    v.scale_type = s.scale;
+    v.scale_step = s.group_size == -1 ? 0 : 1;
+    for (int i = 0; i <= kSegments; ++i) v.cuts[i] = ceil_div(s.cuts[i], v.block);
+    int64_t at = round_up(groups_of(s) * kPanelRows * scale_bytes(s), kLineBytes);
+    v.offset_offset = at;
+    at += round_up(groups_of(s) * kPanelRows * offset_bytes(s), kLineBytes);
+    for (int p = 0; p < 2; ++p) {
+        v.plane_offset[p] = at;
+        at += ceil_div(s.k, kChunk) * kPlanes[s.bits].bits[p] * kLineBytes;
+    }
+    v.panel_bytes = at;
+    return v;
+}
+
+static inline int64_t panels_of(const dlb_linear_spec& s) { return ceil_div(s.n, kPanelRows); }
+
+}  // namespace dlb

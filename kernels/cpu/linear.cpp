@@ -1,0 +1,124 @@
+// Runs a packed Linear: activations to int8 once, then panels of 16 rows on the pool.
+//
+// The arithmetic, the same in every ISA to the last bit (docs/numerics.md): per summation block of a row of x
+//   inv = 127 / max|x|, q = rne(x inv), x_scale = max|x| / 127, sum = sum q
+//   dot = sum q (c - center)  or  sum q c - zero_point sum  (int32, exact)
+//   acc = acc + float(dot) (w_scale x_scale) [+ float(sum) (min x_scale)]      every operation rounded to fp32
+// blocks in sequence within a segment, then a balanced tree over the eight segments, empty ones left out. A block with
+// NaN or Inf gives NaN; one below 1e-30 counts as zero, so that no reciprocal overflows.
+#include <stdlib.h>
+
+#include "layout.h"
+#include "threadpool.h"
+
+namespace dlb {
+namespace {
+
+constexpr int64_t kPanelsBytes = 128 << 10;      // weights that a thread takes at a time when M is small
+constexpr int64_t kActivationBytes = 256 << 10;  // activations that stay in a core's L2 cache while weights pass
+constexpr int64_t kSerialWork = 1 << 16;         // multiplications below which waking others costs more than it saves
+
+// Scratch memory of the calling thread: grows, is kept, and is never shared.
+struct Scratch {
+    void* data = nullptr;
+    int64_t bytes = 0;
+
+    void* get(int64_t wanted) {
+        if (wanted > bytes) {
+            free(data);
+            bytes = round_up(wanted + wanted / 4, 4096);
+            data = aligned_alloc(64, static_cast<size_t>(bytes));
+            if (data == nullptr) bytes = 0;
+        }
+        return data;
+    }
+    ~Scratch() { free(data); }
+};
+thread_local Scratch scratch;
+
+struct Activations {
+    int8_t* q;
+    float* scale = nullptr;
+    int32_t* sum = nullptr;
+    int64_t q_stride, blocks;
+
+    // A line more than K needs keeps rows of a power of two out of one cache set.
+    Activations(int64_t m, int64_t k, int64_t block) {
+        q_stride = round_up(k, kLineBytes) + kLineBytes;
+        blocks = ceil_div(k, block);
+        const int64_t q_bytes = m * q_stride, table_bytes = round_up(m * blocks * 4, kLineBytes);
+        q = static_cast<int8_t*>(scratch.get(q_bytes + 2 * table_bytes));
+        if (q == nullptr) return;
+        scale = reinterpret_cast<float*>(q + q_bytes);
+        sum = reinterpret_cast<int32_t*>(q + q_bytes + table_bytes);
+    }
+    ActView view() const { return {q, scale, sum, q_stride, blocks}; }
+};
+
+void quantize_rows(const KernelTable& table, const LinearView& w, const float* x, int64_t x_stride, int64_t m,
+                   const Activations& a) {
+    auto body = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            table.quantize(x + i * x_stride, w.k, w.block, a.q + i * a.q_stride, a.scale + i * a.blocks,
+                           a.sum + i * a.blocks);
+    };
+    const int64_t rows_at_a_time = w.k > 0 ? ceil_div(kSerialWork, w.k) : m;
+    parallel(m, rows_at_a_time, body);
+}
+
+void multiply(const KernelTable& table, const LinearView& w, const ActView& x, int64_t m, float* y, int64_t y_stride) {
+    const LinearFn run = table.linear_affine[w.bits];
+    const int64_t panels = ceil_div(w.n, kPanelRows);
+    // Tokens at a time: what the L2 cache holds, in multiples of 24, which every ISA's tiles divide.
+    const int64_t fit = kActivationBytes / (x.q_stride + 8 * x.blocks);
+    const int64_t m_step = m <= fit ? m : (fit < 24 ? 24 : fit / 24 * 24);
+    int64_t panel_step = ceil_div(kPanelsBytes, w.panel_bytes * (m_step < 8 ? 1 : m_step / 4));
+    if (w.n * w.k * m < kSerialWork) panel_step = panels;
+    const int64_t panel_tasks = ceil_div(panels, panel_step), m_tasks = ceil_div(m, m_step);
+    auto body = [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t p = task % panel_tasks * panel_step, i = task / panel_tasks * m_step;
+            run(w, x, p, p + panel_step < panels ? p + panel_step : panels, i, i + m_step < m ? i + m_step : m, y,
+                y_stride);
+        }
+    };
+    parallel(panel_tasks * m_tasks, 1, body);
+}
+
+}  // namespace
+}  // namespace dlb
+
+DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, int64_t x_stride, int64_t m, float* y,
+                           int64_t y_stride) {
+    dlb_linear_spec spec;
+    const int status = dlb_linear_spec_of(packed, bytes, &spec);
+    if (status != DLB_OK) return status;
+    if (m <= 0 || spec.n == 0) return DLB_OK;
+    if (spec.k == 0) {
+        for (int64_t i = 0; i < m; ++i) memset(y + i * y_stride, 0, static_cast<size_t>(spec.n) * sizeof(float));
+        return DLB_OK;
+    }
+    const dlb::KernelTable& table = dlb::active_table();
+    const dlb::LinearView view = dlb::view_of(spec, packed);
+    const dlb::Activations activations(m, spec.k, view.block);
+    if (activations.q == nullptr) return DLB_NO_MEMORY;
+    dlb::quantize_rows(table, view, x, x_stride, m, activations);
+    dlb::multiply(table, view, activations.view(), m, y, y_stride);
+    return DLB_OK;
+}
+
+DLB_API uint64_t dlb_read_all(const void* data, int64_t bytes) {
+    const dlb::KernelTable& table = dlb::active_table();
+    const uint8_t* first = static_cast<const uint8_t*>(data);
+    constexpr int64_t kPiece = 1 << 20;
+    uint64_t total = 0;
+    auto body = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t left = bytes - i * kPiece;
+            const uint64_t sum = table.read_all(first + i * kPiece, left < kPiece ? left : kPiece);
+            __atomic_fetch_add(&total, sum, __ATOMIC_RELAXED);
+        }
+    };
+    dlb::parallel(dlb::ceil_div(bytes, kPiece), 1, body);
+    return total;
+}
