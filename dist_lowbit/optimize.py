@@ -16,7 +16,6 @@ from dist_lowbit.assembly.hub import resolve
 from dist_lowbit.assembly.skeleton import low_memory_init
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
-from dist_lowbit.formats import lookup
 from dist_lowbit.quantize import Recipe
 
 __all__ = ["convert", "load_low_bit", "low_memory_init", "optimize_model"]
@@ -50,7 +49,7 @@ def optimize_model(
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize_model takes an nn.Module; this is a {type(model).__name__}")
     options = _optimize.read_options(kwargs)
-    recipe = Recipe(lookup(low_bit), options["group_size"], tuple(modules_to_not_convert or ()))
+    recipe = Recipe(low_bit, options["group_size"], modules_to_not_convert or ())
     return _optimize.optimize(
         model, recipe, group, optimize_llm, torch_dtype=options["torch_dtype"], compute=options["compute"]
     )
@@ -92,6 +91,6 @@ def convert(
 
     Never holds the whole model: peak memory is a few tensors. The result loads at any number of ranks.
     """
-    recipe = Recipe(lookup(low_bit), group_size, tuple(modules_to_not_convert or ()))
+    recipe = Recipe(low_bit, group_size, modules_to_not_convert or ())
     source = resolve(str(model), revision)
     _convert.convert(source, Path(directory).expanduser(), recipe, tp, trust_remote_code=trust_remote_code)

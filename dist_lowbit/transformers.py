@@ -1,7 +1,7 @@
 """Hugging Face's Auto classes with low-bit loading and tensor parallelism.
 
-    from dist_lowbit.transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(path, load_in_4bit=True, tensor_parallel="auto")
+from dist_lowbit.transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(path, load_in_4bit=True, tensor_parallel="auto")
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dist_lowbit.assembly.hf_quantizer import register
 from dist_lowbit.assembly.hub import resolve_together
 from dist_lowbit.assembly.load import load_low_bit, require_checkpoint
 from dist_lowbit.assembly.optimize import read_options
+from dist_lowbit.assembly.ranks import join_ranks
 from dist_lowbit.assembly.skeleton import empty_model, read_config
 from dist_lowbit.assembly.source import from_source
-from dist_lowbit.assembly.ranks import join_ranks
 from dist_lowbit.checkpoint import is_checkpoint
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
@@ -75,9 +75,7 @@ class _LowBitAuto:
             model: nn.Module = cls.hf.from_pretrained(str(directory), **kwargs)
             return model
         options = read_options(_renamed(kwargs))
-        recipe = Recipe(
-            lookup(low_bit or _own_format(directory)), options["group_size"], tuple(modules_to_not_convert or ())
-        )
+        recipe = Recipe(low_bit or _own_format(directory), options["group_size"], modules_to_not_convert or ())
         return from_source(
             cls.hf,
             directory,

@@ -62,9 +62,7 @@ def _swap(
 
 def other_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and persistent buffers that lie outside the swapped modules."""
-    swapped = tuple(
-        f"{name}." for name, m in model.named_modules() if isinstance(m, (LowBitLinear, ParallelEmbedding))
-    )
+    swapped = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (LowBitLinear, ParallelEmbedding)))
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if not name.startswith(swapped)}
 
 
@@ -73,7 +71,9 @@ def _fill(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
     for name, old in other_tensors(model).items():
         value = weights.tensor(name)
         if value is None:
-            raise CheckpointError(f"no tensor {name} is there to load; the model expects one of shape {tuple(old.shape)}")
+            raise CheckpointError(
+                f"no tensor {name} is there to load; the model expects one of shape {tuple(old.shape)}"
+            )
         if value.shape != old.shape:
             raise CheckpointError(f"tensor {name} has shape {tuple(value.shape)}; the model expects {tuple(old.shape)}")
         if value.is_floating_point():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dist_lowbit.checkpoint import FileRecord, TensorSource, commit, is_checkpoint
-from dist_lowbit.comm import single
+from dist_lowbit.checkpoint import FileRecord, TensorSource, commit, discard, is_checkpoint, shard_names
+from dist_lowbit.comm import SingleGroup
 from dist_lowbit.core.errors import CheckpointError, UsageError
 from dist_lowbit.formats import lookup
 from dist_lowbit.formats.packed import summation_block
@@ -18,7 +18,7 @@ from dist_lowbit.quantize import Recipe
 from .build import LowBitState
 from .hf_files import check_target, write_hf_files
 from .optimize import embeddings, form_under
-from .save import Item, Piece, metadata_of, new_uid, tensor_item, weight_item, write_items
+from .save import Item, Piece, metadata_of, tensor_item, weight_item, write_items
 from .skeleton import class_of, empty_model, read_config
 from .source import missing, source_target, source_weights
 from .weights import SourceWeights, cast_name
@@ -49,7 +49,7 @@ def convert(source_dir: Path, directory: Path, recipe: Recipe, tp: int, *, trust
             )
         target, kept = source_target(model, recipe, tp)
         left = kept if target.family is None or tp == 1 else frozenset()
-        state = LowBitState(recipe, target, single(), left)
+        state = LowBitState(recipe, target, SingleGroup(), left)
         items = _items(model, state, weights, source)
         check_target(directory)
         records = _write(state, items, weights, directory)
@@ -57,14 +57,11 @@ def convert(source_dir: Path, directory: Path, recipe: Recipe, tp: int, *, trust
         write_hf_files(model, directory, recipe, source_dir)
         commit(directory, tp, metadata_of(state, model), records)
     except BaseException:
-        for record in records:
-            (directory / record.name).unlink(missing_ok=True)
+        discard(directory, records)
         raise
 
 
-def _items(
-    model: torch.nn.Module, state: LowBitState, weights: SourceWeights, source: TensorSource
-) -> list[Item]:
+def _items(model: torch.nn.Module, state: LowBitState, weights: SourceWeights, source: TensorSource) -> list[Item]:
     tp, own = state.target.plan.tp, embeddings(model)
     items: list[Item] = []
     planned = set()
@@ -101,4 +98,4 @@ def _write(state: LowBitState, items: list[Item], weights: SourceWeights, direct
         assert value is not None  # `missing` has looked
         return (lambda a, b: value) if item.axis is None else (lambda a, b: value[a:b])
 
-    return write_items(directory, new_uid(), tp, range(tp), items, packed, tensor)
+    return write_items(directory, shard_names(tp), range(tp), items, packed, tensor)

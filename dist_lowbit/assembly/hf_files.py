@@ -55,7 +55,7 @@ def check_target(directory: Path) -> None:
 
 def quantization_config(recipe: Recipe) -> dict[str, Any]:
     """Return what config.json says of the quantization, for Hugging Face's registry."""
-    return {"quant_method": QUANT_METHOD, "low_bit": recipe.format.name, "group_size": recipe.group_size}
+    return {"quant_method": QUANT_METHOD, "low_bit": recipe.format, "group_size": recipe.group_size}
 
 
 def write_stub(directory: Path) -> None:

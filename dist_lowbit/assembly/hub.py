@@ -40,7 +40,9 @@ def resolve(model: str, revision: str | None = None, files: str = "all") -> Path
             f"check the path, or the network and HF_HUB_OFFLINE"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UsageError(f"{model} is neither a local directory nor a repository of the hub that you can read") from error
+        raise UsageError(
+            f"{model} is neither a local directory nor a repository of the hub that you can read"
+        ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UsageError(f"cannot download {model}: {str(error).splitlines()[0]}") from error
 
@@ -58,8 +60,7 @@ def resolve_together(model: str, group: Group, local_rank: int, revision: str | 
     else:
         logger.warning("waiting for rank 0 of this host to have %s", model)
         failure = None
-    told = [group.broadcast_object(failure if group.rank == r else None, r) for r in range(group.size)]
-    first = next((text for text in told if text), None)
+    first = next((text for text in group.gather_object(failure) if text), None)
     if first:
         raise UsageError(first)
     return path if local_rank == 0 else resolve(model, revision)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dist_lowbit.checkpoint import CheckpointReader, is_checkpoint
-from dist_lowbit.comm import Group, single
+from dist_lowbit.comm import Group, SingleGroup
 from dist_lowbit.core.errors import CheckpointError, UsageError
 from dist_lowbit.formats.packed import BLOCK, summation_block
 from dist_lowbit.quantize import Recipe
@@ -52,7 +52,7 @@ def load_low_bit(
     path = require_checkpoint(model_path)
     if state_of(model) is not None:
         raise UsageError("this model is already low-bit; build a fresh one with low_memory_init to load into")
-    group = group or single()
+    group = group or SingleGroup()
     with CheckpointReader(path) as reader:
         recipe = Recipe.from_json(reader.metadata["recipe"])
         kept = frozenset(reader.metadata["kept"])

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dist_lowbit.comm import Group, single
+from dist_lowbit.comm import Group, SingleGroup
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.settings import settings
 from dist_lowbit.formats import Format
 from dist_lowbit.formats.packed import BLOCK, summation_block
-from dist_lowbit.formats.table import check_group_size
 from dist_lowbit.quantize import Recipe
 
 from .attach import attach
@@ -28,7 +27,9 @@ def read_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the further options with defaults filled in; an unknown name is a UsageError listing the known ones."""
     unknown = sorted(kwargs.keys() - _OPTIONS.keys())
     if unknown:
-        raise UsageError(f"optimize_model has no argument {unknown[0]!r}; its further arguments are {', '.join(_OPTIONS)}")
+        raise UsageError(
+            f"optimize_model has no argument {unknown[0]!r}; its further arguments are {', '.join(_OPTIONS)}"
+        )
     options = _OPTIONS | kwargs
     options["compute"] = options["compute"] or settings().compute
     if options["compute"] not in ("int8", "fp32"):
@@ -51,13 +52,13 @@ def as_dtype(value: Any) -> torch.dtype:
 def block_under(recipe: Recipe, name: str) -> int:
     """Return the summation block that a recipe gives a module's weight."""
     row = recipe.format_for(name)
-    return BLOCK if row is None else summation_block(check_group_size(row, recipe.group_size))
+    return BLOCK if row is None else summation_block(recipe.group_size)
 
 
 def form_under(recipe: Recipe, name: str, embedding: bool) -> tuple[Format, int | None] | None:
     """Return the format of a module's weight, None for what keeps its own dtype (embeddings, excluded modules)."""
     row = None if embedding else recipe.format_for(name)
-    return None if row is None else (row, check_group_size(row, recipe.group_size))
+    return None if row is None else (row, recipe.group_size)
 
 
 def embeddings(model: nn.Module) -> set[str]:
@@ -78,7 +79,7 @@ def excluded(model: nn.Module, recipe: Recipe) -> frozenset[str]:
 def optimize(
     model: nn.Module, recipe: Recipe, group: Group | None, optimize_llm: bool, torch_dtype: torch.dtype, compute: str
 ) -> nn.Module:
-    """Quantize the Linears of a live CPU model by a recipe, in place, split over `group`; return it with save_low_bit."""
+    """Quantize the Linears of a live CPU model by a recipe, in place, split over `group`; return the model."""
     if state_of(model) is not None:
         raise UsageError("this model is already low-bit; start from the original weights to quantize it another way")
     devices = {value.device.type for value in model.parameters()} - {"cpu"}
@@ -86,12 +87,10 @@ def optimize(
         raise UsageError("this model has no weights (device meta); load them first, or use load_low_bit")
     if devices:
         raise UsageError(f"this model is on {', '.join(sorted(devices))}; move it to the cpu before optimize_model")
-    group = group or single()
+    group = group or SingleGroup()
     own = embeddings(model)
     kept = excluded(model, recipe)
     weights = ModelWeights(model, lambda name: form_under(recipe, name, name in own), transposed_linears(model))
     target = make_target(model, lambda name: block_under(recipe, name), group.size, lambda name: name not in kept)
-    build(
-        model, target, weights, group, recipe, kept, dtype=torch_dtype, compute=compute, optimize_llm=optimize_llm
-    )
+    build(model, target, weights, group, recipe, kept, dtype=torch_dtype, compute=compute, optimize_llm=optimize_llm)
     return attach(model)

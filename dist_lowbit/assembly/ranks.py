@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dist_lowbit.comm import Group, init_group, single
+from dist_lowbit.comm import Group, SingleGroup, init_group
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.rank import discover
 
@@ -16,7 +16,7 @@ def join_ranks(tensor_parallel: int | str | Group | None) -> tuple[Group, int]:
     Group is taken as it is; None, False or 1 is one rank. All ranks must call together.
     """
     if tensor_parallel is None or tensor_parallel is False or tensor_parallel == 1:
-        return single(), 0
+        return SingleGroup(), 0
     info = discover(os.environ)
     if isinstance(tensor_parallel, Group):
         return tensor_parallel, info.local_rank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_lowbit.checkpoint import FileRecord, ShardWriter, TensorEntry, WeightEntry, commit
-from dist_lowbit.comm import Group
+from dist_lowbit.checkpoint import FileRecord, ShardWriter, TensorEntry, WeightEntry, commit, discard, shard_names
 from dist_lowbit.core.errors import CheckpointError, DistLowbitError, UsageError
 from dist_lowbit.formats import Format, PackedWeight, lookup
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split, owned_ranges
@@ -63,31 +61,23 @@ def tensor_item(name: str, tensor: torch.Tensor, tp: int, split: Split | None = 
     return Item(name, tuple(tensor.shape), None, pieces, dtype=tensor.dtype)
 
 
-def file_name(uid: str, rank: int, tp: int) -> str:
-    """Return the name of a rank's data file; uid is new for every save."""
-    return f"lowbit-{uid}-{rank + 1:05d}-of-{tp:05d}.safetensors"
-
-
-def new_uid() -> str:
-    """Return a fresh part of a file name."""
-    return secrets.token_hex(4)
-
-
 def write_items(
     directory: Path,
-    uid: str,
-    tp: int,
+    names: Sequence[str],
     ranks: Iterable[int],
     items: Sequence[Item],
     packed: Callable[[Item], Piece],
     tensor: Callable[[Item], Callable[[int, int], torch.Tensor]],
 ) -> list[FileRecord]:
-    """Write the files of some ranks, item by item, so that one item is in memory at a time; return their records."""
+    """Write the files of some ranks, item by item, so that one item is in memory at a time; return their records.
+
+    names: the data file of every rank. packed(item), tensor(item): how to get the pieces [a, b) of an item.
+    """
     writers: dict[int, ShardWriter] = {}
     try:
         for rank in ranks:
             entries = [entry for item in items for entry in item.entries(rank)]
-            writers[rank] = ShardWriter(directory, file_name(uid, rank, tp), entries)
+            writers[rank] = ShardWriter(directory, names[rank], entries)
         for item in track(items, "writing", min(writers, default=0)):
             mine = [(rank, a, b) for rank in writers for a, b in item.pieces[rank]]
             if not mine:
@@ -133,9 +123,7 @@ def _live_items(model: nn.Module, state: LowBitState) -> list[Item]:
 
 def metadata_of(state: LowBitState, model: nn.Module) -> dict[str, Any]:
     """Return what lowbit.json says beside the tensors: recipe, model, and the units of K that segments are cut at."""
-    units = {
-        name: split.unit for name, split in state.target.plan.splits.items() if name not in state.kept
-    }
+    units = {name: split.unit for name, split in state.target.plan.splits.items() if name not in state.kept}
     return {
         "recipe": state.recipe.to_json(),
         "model_class": type(model).__name__,
@@ -145,7 +133,7 @@ def metadata_of(state: LowBitState, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _write_live(model: nn.Module, state: LowBitState, directory: Path, uid: str) -> list[FileRecord]:
+def _write_live(model: nn.Module, state: LowBitState, directory: Path, names: Sequence[str]) -> list[FileRecord]:
     rank = state.group.rank
     splits = state.target.plan.splits
     others = other_tensors(model)
@@ -183,12 +171,7 @@ def _write_live(model: nn.Module, state: LowBitState, directory: Path, uid: str)
         return lambda a, b: bias.detach()[_local_offset(held, a, b) :][: b - a]
 
     items = _live_items(model, state)
-    return write_items(directory, uid, state.target.plan.tp, [rank], items, packed, tensor)
-
-
-def exchange(group: Group, value: Any) -> list[Any]:
-    """Return every rank's JSON-able value, in rank order. All ranks must call together."""
-    return [group.broadcast_object(value if group.rank == rank else None, rank) for rank in range(group.size)]
+    return write_items(directory, names, [rank], items, packed, tensor)
 
 
 def save_low_bit(model: nn.Module, directory: str | Path) -> None:
@@ -204,13 +187,13 @@ def save_low_bit(model: nn.Module, directory: str | Path) -> None:
     group = state.group
     failure: str | None = None
     records: list[FileRecord] = []
-    uid = group.broadcast_object(new_uid() if group.rank == 0 else None, 0)
+    names = group.broadcast_object(shard_names(state.target.plan.tp), 0)
     try:
         check_target(directory)
-        records = _write_live(model, state, directory, uid)
+        records = _write_live(model, state, directory, names)
     except (DistLowbitError, OSError) as error:
         failure = str(error)
-    told = exchange(group, {"failure": failure, "records": [record.to_json() for record in records]})
+    told = group.gather_object({"failure": failure, "records": [record.to_json() for record in records]})
     failures = [(rank, item["failure"]) for rank, item in enumerate(told) if item["failure"]]
     if not failures and group.rank == 0:
         try:
@@ -221,7 +204,6 @@ def save_low_bit(model: nn.Module, directory: str | Path) -> None:
             failures = [(0, str(error))]
     failures = [tuple(item) for item in group.broadcast_object(failures, 0)]
     if failures:
-        for record in records:
-            (directory / record.name).unlink(missing_ok=True)
+        discard(directory, records)
         rank, text = failures[0]
         raise CheckpointError(text if group.size == 1 else f"rank {rank}: {text}")

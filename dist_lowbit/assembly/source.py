@@ -67,7 +67,15 @@ def from_source(
         if not renamed:
             target, kept = source_target(model, recipe, group.size)
             build(
-                model, target, weights, group, recipe, kept, dtype=torch_dtype, compute=compute, optimize_llm=optimize_llm
+                model,
+                target,
+                weights,
+                group,
+                recipe,
+                kept,
+                dtype=torch_dtype,
+                compute=compute,
+                optimize_llm=optimize_llm,
             )
             return attach(model)
     logger.warning("%s is loaded in full before it is quantized: its files have no %s", directory, renamed[0])

@@ -39,4 +39,4 @@ class ParallelEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer in a module's printout."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, rows={tuple(self.weight.shape)[0]}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, rows={self.weight.shape[0]}"

@@ -1,4 +1,4 @@
-"""The plan: every matrix of a model with its cut, computed from shapes, roles and sizes. A value; it holds no tensor."""
+"""The plan: every matrix of a model with its cut, from shapes, roles and sizes. A value; it holds no tensor."""
 
 from __future__ import annotations
 

@@ -61,12 +61,7 @@ def owned_ranges(ranges: Sequence[Sequence[Range]]) -> list[list[Range]]:
         for piece in held:
             free = [piece]
             for start, stop in taken:
-                free = [
-                    part
-                    for a, b in free
-                    for part in ((a, min(b, start)), (max(a, stop), b))
-                    if part[0] < part[1]
-                ]
+                free = [part for a, b in free for part in ((a, min(b, start)), (max(a, stop), b)) if part[0] < part[1]]
             mine += free
         taken += mine
         owned.append(mine)

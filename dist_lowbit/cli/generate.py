@@ -1,0 +1,77 @@
+"""dist-lowbit generate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .launch import in_job, relaunch
+
+if TYPE_CHECKING:
+    from dist_lowbit.engine import Generation
+
+
+def generate(
+    directory: Annotated[Path, typer.Argument(help="A low-bit checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    ranks: Annotated[
+        int | None, typer.Option("-n", help="Ranks to start. Default: those this process was started with, else one.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 48,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Flattens (above 1) or sharpens the distribution.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from so many most likely tokens; 0 is off.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of so much probability.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    bind: Annotated[str, typer.Option(help="Bind ranks to: none, core, numa, socket.")] = "none",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+) -> None:
+    """Generate text from a prompt, and say how fast."""
+    if ranks is not None and not in_job():
+        from dist_lowbit.assembly.load import require_checkpoint
+
+        require_checkpoint(directory)
+        if ranks != 1:
+            raise typer.Exit(relaunch(ranks, bind))
+
+    from dist_lowbit.assembly.ranks import join_ranks
+    from dist_lowbit.engine import Sampling, open_session
+    from dist_lowbit.engine import generate as run
+
+    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
+    group, _ = join_ranks(ranks if ranks is not None else "auto")
+    with group:
+        session = open_session(directory, group, trust_remote_code=trust_remote_code)
+        leader = group.rank == 0
+
+        def show(text: str) -> None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        if leader and not as_json:
+            show(prompt)
+        result = run(session, prompt, max_new_tokens, sampling, show if leader and not as_json else None)
+        if leader and as_json:
+            print(json.dumps(dataclasses.asdict(result)), flush=True)
+        elif leader:
+            print(flush=True)
+            print_timing(result)
+
+
+def print_timing(result: Generation) -> None:
+    """Print how fast a generation was, and the peak memory of each rank."""
+    peaks = "  ".join(f"rank {rank} {peak / 2**20:.0f} MiB" for rank, peak in enumerate(result.peak_rss_bytes))
+    lines = [
+        "",
+        f"{len(result.tokens)} tokens after {result.prompt_tokens} of the prompt ({result.finish_reason})",
+        f"TTFT {result.ttft_ms:.1f} ms   mean ITL {result.itl_ms:.2f} ms   {result.tokens_per_s:.1f} tokens/s",
+        f"peak memory  {peaks}",
+    ]
+    print(os.linesep.join(lines), flush=True)

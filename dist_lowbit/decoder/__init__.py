@@ -1,0 +1,6 @@
+"""Floor 4: how a model's forward is run. For now, Hugging Face's forward with the attention of dist_lowbit.ops in it."""
+
+from .hf_attention import ATTENTION_NAME, register_attention, use_attention
+from .idle import IdleAttention
+
+__all__ = ["ATTENTION_NAME", "IdleAttention", "register_attention", "use_attention"]

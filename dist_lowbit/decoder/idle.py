@@ -1,0 +1,31 @@
+"""The attention of a rank that holds no head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class IdleAttention(nn.Module):
+    """Stand in for an attention module whose heads all lie on other ranks: takes part in the sum, adds nothing.
+
+    Hugging Face's forward cannot run on zero heads. `o_proj` (its K is 0 here) keeps the sum over the ranks whole; a
+    cache, where there is one, is given one head of zeros, since positions are counted by its length.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.o_proj = module.o_proj
+        self.layer_idx, self.head_dim = int(module.layer_idx), int(module.head_dim)  # type: ignore[arg-type]
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Return this rank's share of the attention output [B, M, H], summed over the ranks."""
+        batch, rows = hidden_states.shape[:2]
+        if past_key_values is not None:
+            nothing = hidden_states.new_zeros((batch, 1, rows, self.head_dim))
+            past_key_values.update(nothing, nothing, self.layer_idx)
+        return self.o_proj(hidden_states.new_empty((batch, rows, 0))), None

@@ -1,0 +1,38 @@
+"""A model and its tokenizer on this rank, ready to generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer
+
+from dist_lowbit.assembly.load import load_low_bit, require_checkpoint
+from dist_lowbit.assembly.skeleton import class_of, empty_model, read_config
+from dist_lowbit.comm import Group
+from dist_lowbit.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a rank needs to generate. Close the group when done."""
+
+    model: nn.Module
+    tokenizer: Any
+    group: Group
+
+
+def open_session(path: str | Path, group: Group, *, trust_remote_code: bool = False) -> Session:
+    """Load a low-bit checkpoint with its tokenizer, split over the group. All ranks must call together."""
+    directory = require_checkpoint(path)
+    config = read_config(directory, trust_remote_code)
+    remote = {"trust_remote_code": True} if trust_remote_code else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), **remote)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{directory} holds no usable tokenizer: {str(error).splitlines()[0]}") from error
+    model = empty_model(class_of(config), config, directory, **remote)
+    model.config._name_or_path = str(directory)
+    return Session(load_low_bit(model, directory, group=group), tokenizer, group)
