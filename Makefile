@@ -3,7 +3,7 @@
 #   make test      set up with the extras deepspeed, mpi and ccl, run the quick tests
 #   make test-all  every test; writes docs/test-all.md
 #   make wheel     dist/dist_lowbit-*-py3-none-linux_*.whl
-#   make lint      ruff, mypy, clang-format; make format mends what they can mend
+#   make lint      ruff, mypy --strict, clang-format; make format mends what they can mend
 #   make clean     remove everything that these made
 # Variables: PYTHON (which interpreter), PIP_ARGS (more options for pip install), PYTEST_ARGS, SANITIZE (address,undefined
 # or thread: builds the kernels so).
@@ -35,7 +35,7 @@ CXX_FILES = $(shell git ls-files -co --exclude-standard 'kernels/*.cpp' 'kernels
 SAMPLE := dist_lowbit/sample/storyteller
 DEMO := demo-out
 
-.PHONY: help demo test test-all wheel lint format clean
+.PHONY: help demo set-up-test test test-all wheel lint lint-ruff lint-mypy lint-cxx format clean
 
 help:
 	@sed -n 's/^#   //p; s/^# \(Variables.*\)/\1/p' Makefile
@@ -66,6 +66,9 @@ demo: $(VENV)/.kernels
 	$(BIN)/dist-lowbit convert $(SAMPLE) $(DEMO) --low-bit sym_int4 --tp 2
 	$(BIN)/dist-lowbit generate $(DEMO) -n 2 --prompt "Once upon a time" --max-new-tokens 48
 
+# The set-up of make test alone.
+set-up-test: $(VENV)/.test $(VENV)/.kernels
+
 test: $(VENV)/.test $(VENV)/.kernels
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -76,10 +79,17 @@ wheel: $(VENV)/.python
 	$(BIN)/pip wheel --quiet --no-deps $(PIP_ARGS) -w dist .
 	@ls -l dist/*.whl
 
-lint: $(VENV)/.test
+# Separate, so that `make --keep-going lint` shows what each of them finds.
+lint: lint-ruff lint-mypy lint-cxx
+
+lint-ruff: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-mypy: $(VENV)/.test
 	$(BIN)/mypy $(STRICT:%=-p dist_lowbit.%)
+
+lint-cxx: $(VENV)/.test
 	@test -z '$(CXX_FILES)' || $(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/.test
