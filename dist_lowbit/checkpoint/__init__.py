@@ -2,7 +2,7 @@
 
 from .commit import commit, discard
 from .manifest import MANIFEST, Manifest, Shard, TensorInfo, WeightInfo, shard_names
-from .pieces import TensorEntry, WeightEntry, owned
+from .pieces import TensorEntry, WeightEntry
 from .reader import CheckpointReader, is_checkpoint
 from .report import Report, Row, describe, verify
 from .source import SourceTensor, TensorSource
@@ -27,7 +27,6 @@ __all__ = [
     "describe",
     "discard",
     "is_checkpoint",
-    "owned",
     "shard_names",
     "verify",
 ]

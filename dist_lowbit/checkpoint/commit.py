@@ -52,7 +52,8 @@ def _assemble(tp: int, metadata: Mapping[str, Any], records: Sequence[FileRecord
     for name, pieces in gathered.items():
         pieces.sort(key=lambda item: item[1].entry.start)
         _check_same(name, pieces)
-        shards = tuple(Shard(i, p.entry.start, p.entry.stop, p.checksums) for i, p in pieces)
+        filled = [(i, p) for i, p in pieces if p.entry.start != p.entry.stop]
+        shards = tuple(Shard(i, p.entry.start, p.entry.stop, p.checksums) for i, p in filled)
         e = pieces[0][1].entry
         if isinstance(e, WeightEntry):
             weights[name] = WeightInfo(WeightEntry(name, e.format, e.group_size, e.shape), e.axis, shards)
@@ -121,7 +122,7 @@ def commit(
     `metadata` is any JSON object. Checks that every range of every tensor is there exactly once and that the files
     are as recorded, then renames lowbit.json into place: before that a reader sees the old checkpoint, after it the
     new one, also if the machine stops in between. A failure is a CheckpointError and leaves the old checkpoint; the
-    new files stay, for another try or for `discard`.
+    new files stay, for another try or for `discard` (which also knows whether an interrupted commit went through).
     """
     folder = Path(directory)
     where = folder / MANIFEST
@@ -149,8 +150,9 @@ def commit(
     try:
         _sync(folder)
     except OSError as error:
-        # The new checkpoint is visible, but after a power failure the old one may be back: keep its files.
-        raise CheckpointError(f"{where} is written, but {folder} cannot be flushed: {reason(error)}") from error
+        # The new checkpoint is in place, so this is no failure; but a power cut may bring the old one back.
+        logger.warning("%s cannot be flushed (%s): the data files of the save before are kept", folder, reason(error))
+        return manifest
     _remove(folder, old)
     return manifest
 

@@ -168,26 +168,6 @@ def check_cover(name: str, ranges: Sequence[Range], size: int) -> None:
         raise CheckpointError(f"{name} lacks the range [{at}, {size}) of {size}")
 
 
-def owned(held: Sequence[Sequence[Range]]) -> list[list[Range]]:
-    """Return which of the ranges that each rank holds it should write: every element belongs to the lowest rank.
-
-    `held[r]` are rank r's ranges of one axis, in the order of its memory; the result keeps that order. Cuts fall only
-    on edges of the given ranges, so legal ranges give legal pieces.
-    """
-    taken: list[Range] = []
-    result = []
-    for ranges in held:
-        mine: list[Range] = []
-        for wanted in ranges:
-            left = [wanted]
-            for start, stop in taken:
-                left = [(a, b) for lo, hi in left for a, b in ((lo, min(hi, start)), (max(lo, stop), hi)) if a < b]
-            mine += left
-            taken += left
-        result.append(mine)
-    return result
-
-
 @dataclass(frozen=True)
 class Copy:
     """A rectangle to copy: from piece `piece`, its [start, stop) along (N, K), to (N, K) position `to`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -165,8 +165,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-class TensorSource:
-    """Read the weights of an ordinary model directory, tensor by tensor.
+class TensorSource(Mapping[str, SourceTensor]):
+    """Read the weights of an ordinary model directory, tensor by tensor; a mapping of names to what is known of each.
 
     Takes, in this order, model.safetensors, its index, pytorch_model.bin, its index. Names, shapes and dtypes are
     known at once. Safetensors are read with pread, nothing of them is mapped, and the kernel is advised to drop what
@@ -192,16 +192,16 @@ class TensorSource:
         folder = self.directory
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is no directory; expected one with a model's weights")
+        if (folder / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{folder} is a low-bit checkpoint already; expected a model in its original precision"
+            )
         for single, sharded, safe in ((SINGLE, SHARDED, True), (BIN, BIN_SHARDED, False)):
             if (folder / single).exists():
                 return safe, [single], None
             if (folder / sharded).exists():
                 index = _read_index(folder / sharded)
                 return safe, sorted(set(index.values())), index
-        if (folder / MANIFEST).is_file():
-            raise CheckpointError(
-                f"{folder} is a low-bit checkpoint already; expected a model in its original precision"
-            )
         raise CheckpointError(f"{folder} has no weights; expected {SINGLE}, {SHARDED}, {BIN} or {BIN_SHARDED}")
 
     def _collect(self, found: dict[str, list[SourceTensor]], index: dict[str, str] | None) -> None:
@@ -217,10 +217,14 @@ class TensorSource:
                 )
             self._tensors[name] = tensor
 
-    @property
-    def tensors(self) -> Mapping[str, SourceTensor]:
-        """Return what there is by name, in the order of the index or of the file."""
-        return self._tensors
+    def __getitem__(self, name: str) -> SourceTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
     def read(self, name: str, start_row: int | None = None, stop_row: int | None = None) -> torch.Tensor:
         """Read a tensor, or its rows [start_row, stop_row), into memory of its own."""

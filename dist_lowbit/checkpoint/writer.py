@@ -106,8 +106,9 @@ class ShardWriter:
     def __init__(self, directory: str | os.PathLike[str], file_name: str, entries: Sequence[Entry]) -> None:
         check_file_name(file_name, "ShardWriter")
         self.path = Path(directory) / file_name
+        self._empty = [PieceRecord(e, {}, {}) for e in entries if e.start == e.stop]
         self._entries = {(e.name, e.start): e for e in entries if e.start != e.stop}
-        if len(self._entries) != sum(e.start != e.stop for e in entries):
+        if len(self._entries) + len(self._empty) != len(entries):
             raise CheckpointError(f"{self.path}: two pieces of one tensor begin at the same place")
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for entry in self._entries.values():
@@ -211,7 +212,7 @@ class ShardWriter:
             os.close(fd)
         except OSError as error:
             raise self._failed(error) from error
-        return FileRecord(self.path.name, self._size, self._header, tuple(self._done.values()))
+        return FileRecord(self.path.name, self._size, self._header, (*self._done.values(), *self._empty))
 
     def abort(self) -> None:
         """Close and remove the file; after `close` this does nothing."""
