@@ -21,7 +21,6 @@ struct dlb_linear_spec {
   int32_t center;      // code that stands for 0 where offset is DLB_OFFSET_NONE
   int32_t scale;       // dlb_scale, of the scales and mins
   int32_t reserved;    // 0
-  char format[32];     // the caller's name for all this, kept and not read
   int64_t cuts[9];  // ends of the eight segments along K: cuts[0] = 0, cuts[8] = k, inner ones multiples of the block
 };
 

@@ -1,0 +1,77 @@
+"""Choosing a kernel and an ISA: refusals are sentences, and a forced ISA is the one that runs."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from dist_lowbit import ops
+from dist_lowbit.core.errors import KernelError
+from dist_lowbit.formats import quantize
+
+
+def spec(format: str = "sym_int4", **changes: object) -> ops.LinearSpec:
+    return dataclasses.replace(ops.LinearSpec.of(quantize(torch.ones(4, 128), format)), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cuda"}, "runs on the CPU"),
+        ({"compute": "fp32"}, "rounds activations"),
+        ({"cuts": (0, 1, 1, 1, 1, 1, 1, 1, 128)}, "within a summation block"),
+        ({"group_size": 1 << 16}, "32768"),
+    ],
+)
+def test_the_compiled_kernel_says_why_not(changes: dict[str, object], reason: str, library: ctypes.CDLL) -> None:
+    why = ops.kernel("cpu").why_not(spec(**changes))
+    assert why is not None and reason in why
+
+
+def test_refusals_of_all_kernels_are_listed(library: ctypes.CDLL) -> None:
+    with pytest.raises(KernelError, match=r"cpu: .*; reference: "):
+        ops.choose(spec(cuts=(0, 1, 1, 1, 1, 1, 1, 1, 128)))
+    with pytest.raises(KernelError, match="cpu, reference"):
+        ops.kernel("gpu")
+
+
+def test_a_buffer_of_another_weight_is_refused(library: ctypes.CDLL) -> None:
+    weight = quantize(torch.ones(4, 128), "sym_int4")
+    for kernel in ops.KERNELS:
+        opaque = kernel.prepack(weight, spec())
+        with pytest.raises(KernelError):
+            kernel.unpack(opaque, spec(format="sym_int8"))
+        with pytest.raises(KernelError):
+            kernel.unpack(torch.zeros(512, dtype=torch.uint8), spec())
+    with pytest.raises(KernelError, match="no prepacked weight"):
+        ops.linear(torch.ones(1, 128), ops.kernel("cpu").prepack(weight, spec())[:-1], "cpu", 4)
+
+
+def run_python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environ}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_environment_forces_an_isa(library: ctypes.CDLL) -> None:
+    code = "from dist_lowbit import ops; print(ops.active_isa())"
+    assert run_python(code, DIST_LOWBIT_ISA="scalar").stdout.strip() == "scalar"
+    best = [name for name, supported, _ in ops.isas() if supported][-1]
+    assert run_python(code, DIST_LOWBIT_ISA="auto").stdout.strip() == best
+    wrong = run_python(code, DIST_LOWBIT_ISA="mmx").stderr
+    assert "expected auto or one of scalar, avx2" in wrong
+
+
+def test_without_a_library_the_reference_runs() -> None:
+    code = (
+        "import torch; from dist_lowbit import ops; from dist_lowbit.formats import quantize\n"
+        "s = ops.LinearSpec.of(quantize(torch.ones(4, 64), 'sym_int4'))\n"
+        "print(ops.choose(s).name, ops.isas(), ops.kernel('cpu').why_not(s))"
+    )
+    out = run_python(code, DIST_LOWBIT_LIBRARY="none")
+    assert out.stdout.startswith("reference [] switched off"), out.stderr

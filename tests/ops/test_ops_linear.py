@@ -1,0 +1,209 @@
+"""The compiled Linear is the reference to the last bit: any M, ISA, number of threads, split of N, split of K."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from bounds import exact_linear, linear_bound
+from dist_lowbit import ops
+from dist_lowbit.formats import FORMATS, PackedWeight, quantize
+from dist_lowbit.ops import reference
+from dist_lowbit.ops.library import start_pool
+from dist_lowbit.ops.threads import ThreadPlan
+
+INTEGER = [name for name, row in FORMATS.items() if row.integer]
+TOKENS = (1, 2, 3, 4, 5, 17, 33)
+SHAPES = [(7, 1), (1, 32), (8, 64), (33, 100), (64, 256), (33, 576)]  # (N, K)
+
+
+def halves(k: int, block: int) -> tuple[int, ...]:
+    """Return the segment ends of the upper half of a K twice as long: four slots empty."""
+    units = -(-k // block)
+    ends = [min(k, i * units // 4 * block) for i in range(5)]
+    return (0, 0, 0, 0, *ends)
+
+
+def activations(m: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Return rows of very different sizes, with a row of zeros and one below the least block maximum."""
+    x = torch.randn(m, k, generator=generator) * torch.logspace(-6, 6, m)[:, None]
+    x[m // 2] = 0
+    x[m // 3] = 1e-31
+    return x
+
+
+def run(kernel: ops.Kernel, x: torch.Tensor, opaque: torch.Tensor, n: int) -> torch.Tensor:
+    out = torch.full((x.shape[0], n), 7.0)
+    kernel.run(x, opaque, out)
+    return out
+
+
+def isa_names() -> list[str]:
+    return [name for name, supported, _ in ops.isas() if supported]
+
+
+@pytest.mark.parametrize("format", INTEGER)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_equals_reference_for_every_isa_thread_and_m(
+    format: str, shape: tuple[int, int], library: ctypes.CDLL, generator: torch.Generator
+) -> None:
+    n, k = shape
+    x = activations(max(TOKENS), k, generator)
+    for group_size in (32, 64, -1):
+        weight = quantize(torch.randn(n, k, generator=generator), format, group_size)
+        for cuts in (ops.whole_cuts(k, weight.block), halves(k, weight.block)):
+            spec = ops.LinearSpec.of(weight, cuts)
+            kernel = ops.choose(spec)
+            assert kernel.name == "cpu"
+            opaque = kernel.prepack(weight, spec)
+            want = reference.linear(x, weight, cuts, "int8")
+            for threads in (1, 2):
+                start_pool(library, ThreadPlan(threads, ()))
+                for isa in isa_names():
+                    ops.select_isa(isa)
+                    for m in TOKENS:
+                        got = run(kernel, x[:m], opaque, n)
+                        assert torch.equal(got, want[:m]), (
+                            f"{isa}, {threads} threads, M={m}, group {group_size}, {cuts}"
+                        )
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize(
+    "shape", [(7, 1), (8, 64), (33, 100), (64, 576), (3, 0), (0, 64)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_unpack_undoes_prepack(
+    format: str, shape: tuple[int, int], group_size: int, generator: torch.Generator, library: ctypes.CDLL
+) -> None:
+    weight = quantize(torch.randn(shape, generator=generator), format, group_size)
+    spec = ops.LinearSpec.of(weight)
+    for kernel in ops.KERNELS:
+        if kernel.why_not(spec) is None:
+            back = kernel.unpack(kernel.prepack(weight, spec), spec)
+            assert (back.format, back.shape, back.group_size) == (weight.format, weight.shape, weight.group_size)
+            for name, tensor in weight.tensors().items():
+                assert torch.equal(back.tensors()[name], tensor), f"{kernel.name} changed {name}"
+
+
+@pytest.mark.parametrize("format", ["sym_int4", "asym_int5", "sym_int8", "zp_int4"])
+def test_a_split_of_n_changes_nothing(format: str, generator: torch.Generator, library: ctypes.CDLL) -> None:
+    weight = quantize(torch.randn(50, 192, generator=generator), format)
+    x = torch.randn(6, 192, generator=generator)
+    whole = apply(weight, x)
+    parts = [apply(weight.split(0, a, b), x) for a, b in ((0, 7), (7, 32), (32, 32), (32, 50))]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def apply(weight: PackedWeight, x: torch.Tensor, cuts: tuple[int, ...] | None = None) -> torch.Tensor:
+    spec = ops.LinearSpec.of(weight, cuts)
+    kernel = ops.choose(spec)
+    return ops.linear(x, kernel.prepack(weight, spec), kernel.name, spec.n)
+
+
+@pytest.mark.parametrize("format", INTEGER)
+@pytest.mark.parametrize("k", [64, 576, 1000])
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_the_tree_over_ranks_gives_the_whole(
+    format: str, k: int, tp: int, generator: torch.Generator, library: ctypes.CDLL
+) -> None:
+    weight = quantize(torch.randn(20, k, generator=generator), format)
+    x = torch.randn(5, k, generator=generator)
+    cuts = ops.whole_cuts(k, weight.block)
+    sums: list[torch.Tensor] = []
+    for rank in range(tp):
+        start, stop = cuts[rank * 8 // tp], cuts[(rank + 1) * 8 // tp]
+        mine = tuple(min(max(cut, start), stop) - start for cut in cuts)
+        sums.append(apply(weight.split(1, start, stop), x[:, start:stop], mine))
+    while len(sums) > 1:
+        sums = [sums[i] + sums[i + 1] for i in range(0, len(sums), 2)]
+    assert torch.equal(sums[0], apply(weight, x))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_activation_makes_its_row_nan_and_no_other(
+    bad: float, library: ctypes.CDLL, generator: torch.Generator
+) -> None:
+    weight = quantize(torch.randn(20, 200, generator=generator), "asym_int4")
+    x = torch.randn(9, 200, generator=generator)
+    good = apply(weight, x)
+    x[4, 199] = bad
+    for isa in isa_names():
+        ops.select_isa(isa)
+        y = apply(weight, x)
+        assert torch.isnan(y[4]).all()
+        rest = [i for i in range(9) if i != 4]
+        assert torch.equal(y[rest], good[rest])
+    assert torch.isnan(reference.linear(x, weight, ops.whole_cuts(200, 64), "int8")[4]).all()
+
+
+@pytest.mark.parametrize("compute", ["int8", "fp32"])
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_result_is_within_the_derived_bound(
+    format: str, compute: str, group_size: int, generator: torch.Generator, library: ctypes.CDLL
+) -> None:
+    weight = quantize(torch.randn(24, 300, generator=generator), format, group_size)
+    x = torch.randn(7, 300, generator=generator) * torch.logspace(-3, 3, 7)[:, None]
+    spec = ops.LinearSpec.of(weight, compute=compute)
+    bound = linear_bound(x, weight, compute)
+    for kernel in ops.KERNELS:
+        if kernel.why_not(spec) is None:
+            y = run(kernel, x, kernel.prepack(weight, spec), 24)
+            assert ((y.double() - exact_linear(x, weight)).abs() <= bound).all(), kernel.name
+
+
+def test_activations_below_the_least_maximum_count_as_zero(library: ctypes.CDLL) -> None:
+    weight = quantize(torch.ones(3, 64), "sym_int8")
+    x = torch.full((1, 64), 0.99e-30)
+    assert torch.equal(apply(weight, x), torch.zeros(1, 3))
+    assert (apply(weight, x * 1.02) > 0).all()
+
+
+def test_flush_to_zero_of_the_caller_changes_nothing(library: ctypes.CDLL) -> None:
+    weight = quantize(torch.full((3, 64), 1e-5), "sym_int4")  # scales are subnormal in fp16
+    x = torch.full((1, 64), 1e-29)
+    want = apply(weight, x)
+    assert torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(apply(weight, x), want)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_any_float_and_any_leading_shape(dtype: torch.dtype, generator: torch.Generator) -> None:
+    weight = quantize(torch.randn(5, 70, generator=generator), "sym_int4")
+    x = torch.randn(2, 3, 70, generator=generator).to(dtype)
+    y = apply(weight, x)
+    assert y.shape == (2, 3, 5) and y.dtype == torch.float32
+    assert torch.equal(y[1, 2], apply(weight, x[1, 2].float()))
+    strided = torch.empty(2, 3, 140, dtype=dtype)[..., ::2].copy_(x)
+    assert torch.equal(apply(weight, strided), y)
+    assert apply(weight, x[:0]).shape == (0, 3, 5)
+
+
+def test_empty_dimensions(library: ctypes.CDLL) -> None:
+    assert torch.equal(apply(quantize(torch.zeros(4, 0), "sym_int4"), torch.zeros(3, 0)), torch.zeros(3, 4))
+    assert apply(quantize(torch.zeros(0, 64), "sym_int4"), torch.zeros(3, 64)).shape == (3, 0)
+
+
+def test_tracing_and_export_see_the_operator(generator: torch.Generator) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = quantize(torch.randn(6, 64, generator=generator), "sym_int4")
+            spec = ops.LinearSpec.of(weight)
+            self.kernel = ops.choose(spec)
+            self.register_buffer("packed", self.kernel.prepack(weight, spec))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ops.linear(x, self.packed, self.kernel.name, 6)
+
+    layer = Layer()
+    one, other = torch.randn(2, 64, generator=generator), torch.randn(2, 64, generator=generator)
+    traced = torch.jit.trace(layer, (one,))
+    exported = torch.export.export(layer, (one,)).module()
+    assert torch.equal(traced(other), layer(other))
+    assert torch.equal(exported(other), layer(other))
