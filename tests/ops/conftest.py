@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from dist_lowbit import ops
 from dist_lowbit.core.native import native_why_not
 from dist_lowbit.ops import threads

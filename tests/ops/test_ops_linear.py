@@ -7,6 +7,7 @@ import ctypes
 import pytest
 import torch
 from bounds import exact_linear, linear_bound
+
 from dist_lowbit import ops
 from dist_lowbit.formats import FORMATS, PackedWeight, quantize
 from dist_lowbit.ops import reference
@@ -44,7 +45,7 @@ def isa_names() -> list[str]:
 
 
 @pytest.mark.parametrize("format", INTEGER)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_reference_for_every_isa_thread_and_m(
     format: str, shape: tuple[int, int], library: ctypes.CDLL, generator: torch.Generator
 ) -> None:
@@ -64,9 +65,7 @@ def test_equals_reference_for_every_isa_thread_and_m(
                     ops.select_isa(isa)
                     for m in TOKENS:
                         got = run(kernel, x[:m], opaque, n)
-                        assert torch.equal(got, want[:m]), (
-                            f"{isa}, {threads} threads, M={m}, group {group_size}, {cuts}"
-                        )
+                        assert torch.equal(got, want[:m]), f"{isa}, {threads} threads, M={m}, {group_size}, {cuts}"
 
 
 @pytest.mark.parametrize("format", list(FORMATS))
@@ -177,7 +176,8 @@ def test_any_float_and_any_leading_shape(dtype: torch.dtype, generator: torch.Ge
     weight = quantize(torch.randn(5, 70, generator=generator), "sym_int4")
     x = torch.randn(2, 3, 70, generator=generator).to(dtype)
     y = apply(weight, x)
-    assert y.shape == (2, 3, 5) and y.dtype == torch.float32
+    assert y.shape == (2, 3, 5)
+    assert y.dtype == torch.float32
     assert torch.equal(y[1, 2], apply(weight, x[1, 2].float()))
     strided = torch.empty(2, 3, 140, dtype=dtype)[..., ::2].copy_(x)
     assert torch.equal(apply(weight, strided), y)
