@@ -14,11 +14,12 @@ from dist_lowbit.assembly import optimize as _optimize
 from dist_lowbit.assembly.hf_quantizer import register
 from dist_lowbit.assembly.hub import resolve
 from dist_lowbit.assembly.skeleton import low_memory_init
+from dist_lowbit.checkpoint import is_checkpoint as is_low_bit
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.quantize import Recipe
 
-__all__ = ["convert", "load_low_bit", "low_memory_init", "optimize_model"]
+__all__ = ["convert", "is_low_bit", "load_low_bit", "low_memory_init", "optimize_model"]
 
 register()
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from dist_lowbit.assembly.hf_quantizer import register
 from dist_lowbit.assembly.hub import resolve_together
-from dist_lowbit.assembly.load import load_low_bit, require_checkpoint
+from dist_lowbit.assembly.load import load_low_bit
 from dist_lowbit.assembly.optimize import read_options
+from dist_lowbit.assembly.paths import require_checkpoint
 from dist_lowbit.assembly.ranks import join_ranks
 from dist_lowbit.assembly.skeleton import empty_model, read_config
 from dist_lowbit.assembly.source import from_source

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from dist_lowbit.checkpoint import is_checkpoint
@@ -60,7 +60,7 @@ def quantization_config(recipe: Recipe) -> dict[str, Any]:
 
 def write_stub(directory: Path) -> None:
     """Write the weight file that transformers looks for."""
-    save_file({}, str(directory / STUB), metadata={"format": "pt", "weights": "see lowbit.json"})
+    (directory / STUB).write_bytes(save({}, metadata={"format": "pt", "weights": "see lowbit.json"}))
 
 
 def write_hf_files(model: nn.Module, directory: Path, recipe: Recipe, source: Path | None = None) -> None:

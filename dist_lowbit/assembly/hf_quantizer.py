@@ -21,7 +21,8 @@ from dist_lowbit.core.errors import UsageError
 
 from .build import set_submodule
 from .hf_files import QUANT_METHOD
-from .load import load_low_bit, require_checkpoint
+from .load import load_low_bit
+from .paths import require_checkpoint
 from .target import linears
 
 

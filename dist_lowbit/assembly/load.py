@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dist_lowbit.checkpoint import CheckpointReader, is_checkpoint
+from dist_lowbit.checkpoint import CheckpointReader
 from dist_lowbit.comm import Group, SingleGroup
 from dist_lowbit.core.errors import CheckpointError, UsageError
 from dist_lowbit.formats.packed import BLOCK, summation_block
@@ -16,22 +16,9 @@ from dist_lowbit.quantize import Recipe
 
 from .attach import attach
 from .build import build, other_tensors, state_of
+from .paths import require_checkpoint
 from .target import make_target
 from .weights import CheckpointWeights
-
-
-def require_checkpoint(path: str | Path) -> Path:
-    """Return a path that is a low-bit checkpoint; a model directory or anything else is a UsageError."""
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        raise UsageError(f"{path} is no directory; expected one written by save_low_bit or dist-lowbit convert")
-    if not is_checkpoint(path):
-        kind = "an ordinary model" if (path / "config.json").is_file() else "no model"
-        raise UsageError(
-            f"{path} holds {kind}, no low-bit checkpoint (there is no lowbit.json); "
-            f"make one with dist-lowbit convert, or with optimize_model and save_low_bit"
-        )
-    return path
 
 
 def load_low_bit(

@@ -110,13 +110,13 @@ class SourceWeights:
         """Return the dtype in which the files hold a tensor that `has` found."""
         found = self._find(name)
         assert found is not None
-        dtype = self._source.tensors[found].dtype
+        dtype = self._source[found].dtype
         assert isinstance(dtype, torch.dtype)
         return dtype
 
     def _find(self, name: str) -> str | None:
         for candidate in (name, self._aliases.get(name)):
-            if candidate is not None and candidate in self._source.tensors:
+            if candidate is not None and candidate in self._source:
                 return candidate
         return None
 
@@ -135,7 +135,7 @@ class SourceWeights:
             def read(start: int, stop: int) -> torch.Tensor:
                 return self._source.read(name, start, stop)
 
-        info = self._source.tensors[name]
+        info = self._source[name]
         shape = tuple(reversed(info.shape)) if module in self._transposed else tuple(info.shape)
         if shape != split.shape:
             raise CheckpointError(

@@ -32,7 +32,7 @@ def chat(
 ) -> None:
     """Talk with a model: one line is one turn, an empty line or end of input ends."""
     if ranks is not None and not in_job():
-        from dist_lowbit.assembly.load import require_checkpoint
+        from dist_lowbit.assembly.paths import require_checkpoint
 
         require_checkpoint(directory)
         if ranks != 1:

@@ -57,8 +57,8 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "kernels": native_why_not() or "compiled",
-        "instruction sets": {isa.name: isa.text() for isa in ops.isas()},
-        "threads": ops.thread_count(),
+        "instruction sets": {name: _isa(able, active) for name, able, active in ops.isas()},
+        "threads": ops.plan_here().count,
         "machine": machine.describe(),
         "nodes": nodes,
         "backends (yes, or why not, for this process)": comm.why_not(here),
@@ -66,6 +66,10 @@ def examine() -> dict[str, Any]:
         "recommended": f"dist-lowbit run -n {ranks} your_script.py",
         "warnings": warnings(),
     }
+
+
+def _isa(able: bool, active: bool) -> str:
+    return "active" if active else "supported" if able else "this processor lacks it"
 
 
 def _version(package: str) -> str:

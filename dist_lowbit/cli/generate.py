@@ -35,7 +35,7 @@ def generate(
 ) -> None:
     """Generate text from a prompt, and say how fast."""
     if ranks is not None and not in_job():
-        from dist_lowbit.assembly.load import require_checkpoint
+        from dist_lowbit.assembly.paths import require_checkpoint
 
         require_checkpoint(directory)
         if ranks != 1:

@@ -19,7 +19,7 @@ def inspect(
     from rich.console import Console
     from rich.table import Table
 
-    from dist_lowbit.assembly.load import require_checkpoint
+    from dist_lowbit.assembly.paths import require_checkpoint
     from dist_lowbit.checkpoint import CheckpointReader, describe
     from dist_lowbit.checkpoint import verify as verify_all
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer
 
-from dist_lowbit.assembly.load import load_low_bit, require_checkpoint
+from dist_lowbit.assembly.load import load_low_bit
+from dist_lowbit.assembly.paths import require_checkpoint
 from dist_lowbit.assembly.skeleton import class_of, empty_model, read_config
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError

@@ -63,6 +63,6 @@ def owned_ranges(ranges: Sequence[Sequence[Range]]) -> list[list[Range]]:
             for start, stop in taken:
                 free = [part for a, b in free for part in ((a, min(b, start)), (max(a, stop), b)) if part[0] < part[1]]
             mine += free
-        taken += mine
+            taken += free
         owned.append(mine)
     return owned
