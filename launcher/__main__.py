@@ -41,8 +41,8 @@ def _parser() -> _Parser:
     )
     add = parser.add_argument
     add("-n", dest="ranks", metavar="N", required=True, help="number of ranks")
-    add("--bind", choices=MODES, default="auto", help="what a rank gets whole pieces of; auto: NUMA nodes where there "
-        "are several and enough, else cores, else (more ranks than cores) none")  # fmt: skip
+    add("--bind", choices=MODES, default="auto", help="what a rank gets whole pieces of; auto: NUMA nodes where each "
+        "rank gets as many, else cores, else (more ranks than cores) none")  # fmt: skip
     add("--hyper-threads", action="store_true", help="bind to all hyper-threads of a core, not to its first")
     add("--style", choices=list(RUNNERS), default="local", help="who starts the ranks (default: local, the launcher)")
     add("--dry-run", action="store_true", help="print each rank's environment, cores and command; start nothing")

@@ -26,11 +26,12 @@ class Slot:
 def resolve(topology: Topology, ranks: int, mode: str) -> str:
     """Return what "auto" means for `ranks` on `topology`; any other mode is returned as it is.
 
-    Whole NUMA nodes where there are several and they suffice, else cores, else (more ranks than cores) none.
+    Whole NUMA nodes where each rank gets the same number of them, else cores, else (more ranks than cores) none.
     """
     if mode != "auto":
         return mode
-    if 1 < ranks <= len(_groups(topology, "numa")):
+    nodes = len(_groups(topology, "numa"))
+    if ranks > 1 and nodes >= ranks and nodes % ranks == 0:
         return "numa"
     return "core" if ranks <= len(topology.usable) else "none"
 

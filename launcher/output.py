@@ -14,7 +14,7 @@ LONGEST_LINE = 1 << 16
 HIGH_WATER = 1 << 20
 
 # A line ends with \n, \r\n or, as progress bars have it, a bare \r. A \r at the very end may be half of \r\n.
-_LINE = re.compile(rb"[^\r\n]*(?:\r?\n|\r(?!\n|\Z))")
+_END = re.compile(rb"\r?\n|\r(?!\n|\Z)")
 
 
 class Lines:
@@ -28,8 +28,8 @@ class Lines:
         """Return the lines that `chunk` completes, each behind the prefix; the rest waits."""
         data = self._rest + chunk
         out, end = [], 0
-        for match in _LINE.finditer(data):
-            out.append(self._prefix + match[0])
+        for match in _END.finditer(data):
+            out.append(self._prefix + data[end : match.end()])
             end = match.end()
         self._rest = data[end:]
         if len(self._rest) > LONGEST_LINE:

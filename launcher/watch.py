@@ -19,7 +19,7 @@ from .output import HIGH_WATER, Sink
 from .process import End, Guard, Process, signal_name
 
 # Deaths this close to the first are weighed together: a peer's death is noticed by the others within milliseconds.
-BLAME_WINDOW = 0.1
+BLAME_WINDOW = 0.2
 # After SIGKILL; what still lives then hangs in the kernel, and waiting longer would help nobody.
 KILL_WAIT = 1.5
 # A rank that ends with this code says that a peer is gone (dist_lowbit's CommError), so it is not the cause.
@@ -35,20 +35,20 @@ _HINTS = {
 }
 
 
-def blame(deaths: Sequence[tuple[Process, End]]) -> tuple[Process, End]:
-    """Return the death that caused the others, of `deaths` in the order in which they were seen.
+def blame(ends: Sequence[End]) -> int:
+    """Return which of `ends`, in the order in which they were seen, caused the others.
 
     A signal (but SIGABRT, which is what C++ does about a lost peer) weighs more than an exit code, and
     PEER_LOST weighs least; among equals the earliest counts.
     """
 
-    def weight(death: tuple[Process, End]) -> int:
-        end = death[1]
+    def weight(index: int) -> int:
+        end = ends[index]
         if end.killed and end.code != signal.SIGABRT:
             return 0
         return 2 if not end.killed and end.code == PEER_LOST else 1
 
-    return min(deaths, key=weight)  # min keeps the first of equals
+    return min(range(len(ends)), key=weight)  # min keeps the first of equals
 
 
 class Watch:
@@ -144,7 +144,8 @@ class Watch:
         if self._phase not in ("running", "blaming"):
             return
         if self._asked is not None:
-            self._begin_ending()
+            # The others have the signal, too. A second one would hit a rank that is on its way out.
+            self._phase, self._deadline = "ending", time.monotonic() + self._grace
         elif not end.ok:
             self._deaths.append((process, end))
             if self._phase == "running":
@@ -233,7 +234,7 @@ class Watch:
         return 128 + signal.SIGPIPE if broken else 0
 
     def _report_failure(self) -> int:
-        process, end = blame(self._deaths)
+        process, end = self._deaths[blame([end for _, end in self._deaths])]
         sentence = f"{self._who(process)} {end.describe()}"
         if end.killed and end.code in _HINTS:
             sentence += f" ({_HINTS[signal.Signals(end.code)]})"
