@@ -1,4 +1,4 @@
-"""Floor 4: how a model's forward is run. For now, Hugging Face's forward with the attention of dist_lowbit.ops in it."""
+"""Floor 4: how a model's forward is run. So far: Hugging Face's, with the attention of dist_lowbit.ops in it."""
 
 from .hf_attention import ATTENTION_NAME, register_attention, use_attention
 from .idle import IdleAttention

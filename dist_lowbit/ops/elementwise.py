@@ -1,7 +1,8 @@
 """The one exponential, and the elementwise steps of a decoder layer, in an order of operations fixed to the bit.
 
-The torch code is the definition: multiplications, additions, divisions and square roots of fp32, each rounded to the nearest,
-never contracted. kernels/cpu does the same operations and gives the same bits on every ISA and any number of threads.
+The torch code is the definition: products, sums, quotients and square roots of fp32, each rounded to the nearest, never
+contracted. kernels/cpu does the same operations and gives the same bits on every ISA and any number of
+threads.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.native import native
 
-# exp(x) = 2^n exp(r), n = rne(x log2 e), r = x - n ln 2 with ln 2 in two parts (Cody and Waite; the high part has 9 significant
-# bits, so n * LN2_HI is exact), exp(r) = 1 + r + r^2 P(r). P: minimax of the relative error on |r| <= ln(2)/2, 3.1e-9, by
-# Remez' algorithm. The same numbers stand in kernels/cpu/exp_poly.h; tests/ops compares the two bit for bit.
+# exp(x) = 2^n exp(r), n = rne(x log2 e), r = x - n ln 2 with ln 2 in two parts (Cody and Waite; the high part has 9
+# significant bits, so n * LN2_HI is exact), exp(r) = 1 + r + r^2 P(r). P: minimax of the relative error on |r| <=
+# ln(2)/2, 3.1e-9, by Remez' algorithm. The same numbers stand in kernels/cpu/exp_poly.h; tests/ops compares the two bit
+# for bit.
 EXP_LOWEST = -87.0
 EXP_LOG2E = float.fromhex("0x1.715476p+0")
 EXP_LN2_HI = float.fromhex("0x1.63p-1")
@@ -27,8 +29,9 @@ EXP_MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to the nearest even integ
 
 LANES = 16  # partial sums of every reduction along a row; element i belongs to lane i mod 16
 
-# |exp_poly(x) / exp(x) - 1| for -87 <= x <= 0, in u = 2^-24. Rounding of 1 + y: at most 1 (result at least 1) or 0.71 (below);
-# of r + r^2 P: 1/4; of r itself (the last subtraction): 1/4; the products before them and P's own error: under 0.1 together.
+# |exp_poly(x) / exp(x) - 1| for -87 <= x <= 0, in u = 2^-24. Rounding of 1 + y: at most 1 (result at least 1) or 0.71
+# (below); of r + r^2 P: 1/4; of r itself (the last subtraction): 1/4; the products before them and P's own error: under
+# 0.1 together.
 EXP_ERROR = 2.0 * 2.0**-24  # the worst over every third float in the range is 1.39 u
 
 
@@ -55,15 +58,15 @@ def exp_poly(x: torch.Tensor) -> torch.Tensor:
 def tanh_poly(x: torch.Tensor) -> torch.Tensor:
     """Return the fp32 tanh made of exp_poly: sign(x) (1 - t) / (1 + t), t = exp_poly(-2 |x|).
 
-    Absolute error at most 4 * 2^-24: t errs by 2 u relative, so by 2 u at most; d tanh / dt = 2 / (1 + t)^2 is at most 2, but
-    t (2 u) times it at most u; the three roundings add at most 1/2 + 1 + 1 u.
+    Absolute error at most 4 * 2^-24: t errs by 2 u relative, so by 2 u at most; d tanh / dt = 2 / (1 + t)^2 is at most
+    2, but t (2 u) times it at most u; the three roundings add at most 1/2 + 1 + 1 u.
     """
     t = exp_poly(-2.0 * x.abs())
     return torch.copysign((1.0 - t) / (1.0 + t), x)
 
 
 def lane_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum the last axis in 16 lanes (element i to lane i mod 16, in sequence), then add the lanes as a tree 8, 4, 2, 1."""
+    """Sum the last axis in 16 lanes (element i to lane i mod 16, in sequence), then the lanes by `lane_tree`."""
     pad = -x.shape[-1] % LANES
     parts = torch.nn.functional.pad(x, (0, pad)).unflatten(-1, (-1, LANES))
     lane = torch.zeros_like(parts[..., 0, :])
@@ -91,7 +94,9 @@ def _silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     mean = lane_sum(wide * wide) / float(x.shape[-1])
-    factor = 1.0 / torch.sqrt(mean + eps)
+    # torch's fp32 square root is not correctly rounded (17% of its results are not, torch 2.13 on AVX2). The fp64 one,
+    # rounded to fp32, is: a root of 24 bits keeps 2^-51 away from a midpoint of fp32, far more than fp64 errs.
+    factor = 1.0 / torch.sqrt((mean + eps).double()).float()
     return ((wide * factor.unsqueeze(-1)) * weight.float()).to(x.dtype)
 
 
@@ -104,6 +109,8 @@ def _library(x: torch.Tensor) -> ctypes.CDLL | None:
 
 
 def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    if gate.shape != up.shape:
+        raise UsageError(f"silu_mul got shapes {tuple(gate.shape)} and {tuple(up.shape)}; give two of one shape")
     library = _library(gate)
     if library is None:
         return _silu_mul_reference(gate, up)
@@ -114,6 +121,10 @@ def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if weight.shape != x.shape[-1:]:
+        raise UsageError(
+            f"rms_norm got a weight of shape {tuple(weight.shape)}; expected ({x.shape[-1]},) as x's last axis"
+        )
     library = _library(x)
     if library is None:
         return _rms_norm_reference(x, weight, eps)
@@ -127,6 +138,15 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return out.to(x.dtype)
 
 
+def forbid_gradient(name: str, library: torch.library.Library) -> None:
+    """Make a backward pass through the op `dist_lowbit::name` an error instead of a silently missing gradient."""
+
+    def backward(_context: object, *_gradients: torch.Tensor) -> None:
+        raise UsageError(f"dist_lowbit::{name} has no gradient; train without it, or call torch.no_grad()")
+
+    torch.library.register_autograd(f"dist_lowbit::{name}", backward, lib=library)
+
+
 _ops = torch.library.Library("dist_lowbit", "FRAGMENT")
 _ops.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
 _ops.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
@@ -135,14 +155,15 @@ _ops.impl("rms_norm", _rms_norm, "CompositeExplicitAutograd")
 torch.library.register_fake("dist_lowbit::silu_mul", lambda gate, up: gate.new_empty(gate.shape), lib=_ops)
 torch.library.register_fake("dist_lowbit::rms_norm", lambda x, weight, eps: x.new_empty(x.shape), lib=_ops)
 
+forbid_gradient("silu_mul", _ops)
+forbid_gradient("rms_norm", _ops)
+
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up, elementwise, in fp32 rounded once to gate's dtype.
 
     Both of one shape and any float dtype. silu(x) = x * sigmoid(x), sigmoid from exp_poly(-|x|).
     """
-    if gate.shape != up.shape:
-        raise UsageError(f"silu_mul got shapes {tuple(gate.shape)} and {tuple(up.shape)}; give two of one shape")
     result: torch.Tensor = torch.ops.dist_lowbit.silu_mul(gate, up)
     return result
 
@@ -152,7 +173,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     x [..., K], weight [K]. The mean is a 16-lane sum divided by K: a row's result depends on that row alone.
     """
-    if weight.shape != x.shape[-1:]:
-        raise UsageError(f"rms_norm got a weight of shape {tuple(weight.shape)}; expected ({x.shape[-1]},) as x's last axis")
     result: torch.Tensor = torch.ops.dist_lowbit.rms_norm(x, weight, eps)
     return result

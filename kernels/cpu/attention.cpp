@@ -10,20 +10,17 @@
 #include <new>
 #include <vector>
 
-#include "kernel_table.h"
 #include "threadpool.h"
 
 namespace dlb {
 namespace {
 
-constexpr int64_t kChunk = 256;   // positions whose softmax is taken together; part of the definition of the result
-constexpr int64_t kTile = 16;     // keys widened to fp32 at a time; any value gives the same bits
+constexpr int64_t kChunk = 256;     // positions whose softmax is taken together; part of the definition of the result
+constexpr int64_t kTile = 16;       // keys widened to fp32 at a time; any value gives the same bits
 constexpr int64_t kBlockRows = 32;  // query rows that share one reading of K and V
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
-const AttentionSlots& slots() { return strcmp(active_table().name, "scalar") == 0 ? attention_scalar : attention_avx2; }
 
 using Args = dlb_attention_args;
 
@@ -43,7 +40,8 @@ struct Sequence {
     int64_t rows, first_row, slots, start, causal;
 };
 
-// Query rows that read the same KV head of the same sequence: heads x rows, row r = head (r / row_count), row (r % row_count).
+// Query rows that read the same KV head of the same sequence: heads x rows, row r = head (r / row_count), row (r %
+// row_count).
 struct Block {
     int64_t batch, kv_head, head_begin, head_count, row_begin, row_count;
     int64_t chunk_begin, chunk_end;
@@ -197,10 +195,10 @@ class BlockRun {
             const float m = part.m[r] > total.m[r] ? part.m[r] : total.m[r];
             const float x[2] = {total.m[r] - m, part.m[r] - m};
             float w[2];
-            slots_.exp(x, w, 2);
+            kernels_.exp(x, w, 2);
             total.l[r] = total.l[r] * w[0] + part.l[r] * w[1];
             const int64_t at = r * plan_.value_dim;
-            slots_.merge(total.o + at, part.o + at, w[0], w[1], static_cast<int>(plan_.value_dim));
+            kernels_.merge(total.o + at, part.o + at, w[0], w[1], static_cast<int>(plan_.value_dim));
             total.m[r] = m;
             total.any[r] = true;
         }
@@ -273,12 +271,12 @@ class BlockRun {
         }
         *row_stride = padded;
         if (together && width == padded && stride[2] == width) {
-            slots_.widen(slot(base, stride, s), args_.kv_type, scratch_.tile, n * width);
+            kernels_.widen(slot(base, stride, s), args_.kv_type, scratch_.tile, n * width);
             return scratch_.tile;
         }
         for (int64_t i = 0; i < n; i++) {
             float* out = scratch_.tile + i * padded;
-            slots_.widen(slot(base, stride, s + i), args_.kv_type, out, width);
+            kernels_.widen(slot(base, stride, s + i), args_.kv_type, out, width);
             memset(out + width, 0, static_cast<size_t>(padded - width) * sizeof(float));
         }
         return scratch_.tile;
@@ -289,8 +287,8 @@ class BlockRun {
             const int64_t n = std::min(kTile, hi - j);
             int64_t stride;
             const float* k = tile(args_.k, args_.k_stride, j, n, args_.head_dim, plan_.dim, &stride);
-            slots_.scores(scratch_.q, plan_.dim, static_cast<int>(block_.rows()), k, stride, static_cast<int>(n),
-                          static_cast<int>(plan_.dim), args_.scale, scratch_.s + j, kChunk);
+            kernels_.scores(scratch_.q, plan_.dim, static_cast<int>(block_.rows()), k, stride, static_cast<int>(n),
+                            static_cast<int>(plan_.dim), args_.scale, scratch_.s + j, kChunk);
         }
     }
 
@@ -301,7 +299,7 @@ class BlockRun {
         float* s = scratch_.s + r * kChunk;
         std::fill(s + begin, s + lo, -INFINITY);
         std::fill(s + hi, s + end, -INFINITY);
-        if (args_.softcap > 0) slots_.softcap(s + begin, static_cast<int>(end - begin), args_.softcap);
+        if (args_.softcap > 0) kernels_.softcap(s + begin, static_cast<int>(end - begin), args_.softcap);
         if (args_.alibi) {
             const float slope = args_.alibi[head(r)];
             const int64_t own = args_.causal_offset == DLB_CAUSAL_NONE ? 0 : row(r) + sequence_.causal;
@@ -318,7 +316,7 @@ class BlockRun {
             std::fill(s + begin, s + lo, -INFINITY);
             std::fill(s + hi, s + end, -INFINITY);
         }
-        slots_.softmax(s + begin, static_cast<int>(end - begin), part.m + r, part.l + r);
+        kernels_.softmax(s + begin, static_cast<int>(end - begin), part.m + r, part.l + r);
     }
 
     // o = sum over keys of p v. A masked key is left out, not weighed with 0: its V may be anything.
@@ -333,8 +331,8 @@ class BlockRun {
             for (int64_t r = 0; r < block_.rows(); r++)
                 whole = whole && part.any[r] && !scratch_.holes[r] && scratch_.lo[r] <= j && j + n <= scratch_.hi[r];
             if (whole)
-                slots_.accumulate(scratch_.s + j, kChunk, static_cast<int>(block_.rows()), v, stride, static_cast<int>(n),
-                                  static_cast<int>(width), part.o, width);
+                kernels_.accumulate(scratch_.s + j, kChunk, static_cast<int>(block_.rows()), v, stride,
+                                    static_cast<int>(n), static_cast<int>(width), part.o, width);
             else
                 for (int64_t r = 0; r < block_.rows(); r++)
                     if (part.any[r]) row_values(r, j, n, v, stride, part.o + r * width);
@@ -349,13 +347,13 @@ class BlockRun {
                 while (a < end && !scratch_.visible[r][a]) a++;
                 for (b = a; b < end && scratch_.visible[r][b];) b++;
             }
-            slots_.accumulate(scratch_.s + r * kChunk + a, kChunk, 1, v + (a - j) * stride, stride,
-                              static_cast<int>(b - a), static_cast<int>(plan_.value_dim), o, plan_.value_dim);
+            kernels_.accumulate(scratch_.s + r * kChunk + a, kChunk, 1, v + (a - j) * stride, stride,
+                                static_cast<int>(b - a), static_cast<int>(plan_.value_dim), o, plan_.value_dim);
             a = b;
         }
     }
 
-    const AttentionSlots& slots_ = dlb::slots();
+    const FloatKernels& kernels_ = float_kernels();
     const Plan& plan_;
     const Args& args_;
     const Block& block_;
@@ -383,8 +381,8 @@ void run_blocks(const Plan& plan) {
     parallel(count, std::max<int64_t>(1, count / (8 * thread_count())), body);
 }
 
-// Fewer blocks than threads (decode over a long context): chunks are shared out, then merged in the same ascending order.
-// False where there is no memory for their results.
+// Fewer blocks than threads (decode over a long context): chunks are shared out, then merged in the same ascending
+// order. False where there is no memory for their results.
 bool run_chunks(const Plan& plan) {
     struct Item {
         int64_t block, chunk;
@@ -427,8 +425,8 @@ bool run_chunks(const Plan& plan) {
 }
 
 bool fits(const Args& a) {
-    const bool sizes = a.batch >= 0 && a.heads >= 0 && a.kv_heads > 0 && a.rows >= 0 && a.slots >= 0 && a.head_dim > 0 &&
-                       a.value_dim > 0;
+    const bool sizes = a.batch >= 0 && a.heads >= 0 && a.kv_heads > 0 && a.rows >= 0 && a.slots >= 0 &&
+                       a.head_dim > 0 && a.value_dim > 0;
     const bool kinds = a.kv_type >= DLB_KV_FP32 && a.kv_type <= DLB_KV_BF16 && a.mask_type >= DLB_MASK_NONE &&
                        a.mask_type <= DLB_MASK_ADD && (a.mask_type == DLB_MASK_NONE) == (a.mask == nullptr);
     const bool spans = a.causal_offset >= DLB_CAUSAL_TAIL && a.window >= 0 &&
@@ -452,5 +450,3 @@ int dlb_attention(const dlb_attention_args* args) {
     if (!share || !dlb::run_chunks(plan)) dlb::run_blocks(plan);
     return DLB_OK;
 }
-
-void dlb_exp_poly(const float* x, float* out, int64_t n) { dlb::slots().exp(x, out, n); }

@@ -1,9 +1,9 @@
 // The numbers of exp_poly, the one exponential of attention, softmax and the activations.
 //
-// exp(x) = 2^n exp(r), n = rne(x log2 e), r = x - n ln 2 (Cody and Waite's two-part ln 2: the high part has 9 significant
-// bits, so n * LN2_HI is exact), exp(r) = 1 + r + r^2 P(r) with P of degree 4. P is the minimax polynomial of the relative
-// error on |r| <= ln(2)/2 (Remez), 3.1e-9 before rounding; dist_lowbit/ops/elementwise.py holds the same numbers and states
-// the bound of the whole. Below EXP_LOWEST the result is 0; above it no result is subnormal.
+// exp(x) = 2^n exp(r), n = rne(x log2 e), r = x - n ln 2 (Cody and Waite's two-part ln 2: the high part has 9
+// significant bits, so n * LN2_HI is exact), exp(r) = 1 + r + r^2 P(r) with P of degree 4. P is the minimax polynomial
+// of the relative error on |r| <= ln(2)/2 (Remez), 3.1e-9 before rounding; dist_lowbit/ops/elementwise.py holds the
+// same numbers and states the bound of the whole. Below EXP_LOWEST the result is 0; above it no result is subnormal.
 //
 // Only numbers here: every ISA file writes its own code, so that no inline function is shared between instruction sets.
 #pragma once
