@@ -18,6 +18,7 @@ from dist_lowbit.formats.quantizer import error_bound
 U = 2.0**-24
 _ETA = 2.0**-149  # the smallest fp32 number: what one operation can lose by underflow
 _OWN = 1 + 2.0**-20  # this file's fp64 arithmetic
+_TINY = 1e-30  # a block whose largest activation is below counts as zero (docs/numerics.md)
 
 
 def gamma(n: int) -> float:
@@ -37,31 +38,31 @@ def exact_linear(x_MK: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     return x_MK.double() @ dequantize(weight).double().T
 
 
-def activation_scale(x_MK: torch.Tensor, block: int) -> torch.Tensor:
-    """Return amax / 127 of each summation block, fp64 [M, B]."""
-    return _blocks(x_MK, block).abs().amax(-1) / 127
+def activation_error(x_MK: torch.Tensor, block: int) -> torch.Tensor:
+    """Bound |x - q x_scale| of one activation in each summation block, fp64 [M, B]: half a step of amax / 127.
+
+    q = rne(x (127 / amax)) has two fp32 roundings before rne, each of at most 127 u steps, and amax / 127 is itself
+    rounded (127 u): half a step and 4 * 127 u.
+    """
+    amax = _blocks(x_MK, block).abs().amax(-1)
+    return torch.where(amax < _TINY, amax, amax / 127 * (0.5 + 4 * 127 * U))
 
 
 def activation_bound(x_MK: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """Bound what rounding the activations to int8 costs, fp64 [M, N]: 0.5 x_scale sum|w|, summed over the blocks.
-
-    q = rne(x (127 / amax)) has two roundings before rne, each of at most 127 u, and amax / 127 is itself rounded
-    (127 u of a step): half a step and 4 * 127 u.
-    """
-    w_NBG = _blocks(dequantize(weight), weight.block).abs().sum(-1)
-    step = 0.5 + 4 * 127 * U
-    return step * activation_scale(x_MK, weight.block) @ w_NBG.T * _OWN
+    """Bound what rounding the activations to int8 costs, fp64 [M, N]: activation_error sum|w|, over the blocks."""
+    w_NB = _blocks(dequantize(weight), weight.block).abs().sum(-1)
+    return activation_error(x_MK, weight.block) @ w_NB.T * _OWN
 
 
 def _block_terms(x_MK: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor, int]:
     """Return the sum over the blocks of the magnitudes of what is added, fp64 [M, N], and how many are added.
 
     A block adds dot * (w_scale * x_scale), and min * x_scale * sum(q) where the format has a min. |dot| is taken from
-    x itself rather than from q; activation_bound's step covers the difference and is added for both.
+    x itself rather than from q; activation_error covers the difference.
     """
     parts, block = weight.tensors(), weight.block
     x_MBG = _blocks(x_MK, block)
-    slack = activation_scale(x_MK, block) * (0.5 + 4 * 127 * U)
+    slack = activation_error(x_MK, block)
     codes = weight.codes().double() - weight.format.center
     if weight.format.offset == "zero_point":
         zero = parts["zero_point"].double()
