@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import Any
 
-__version__ = "0.1.0"
+from .core.version import __version__
 
 _FACES = {
     "optimize_model": "dist_lowbit.optimize",

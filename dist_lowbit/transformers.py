@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 import transformers
 from torch import nn
 
@@ -22,6 +21,7 @@ from dist_lowbit.assembly.paths import require_checkpoint
 from dist_lowbit.assembly.ranks import join_ranks
 from dist_lowbit.assembly.skeleton import empty_model, read_config
 from dist_lowbit.assembly.source import from_source
+from dist_lowbit.assembly.weights import cast_name
 from dist_lowbit.checkpoint import is_checkpoint
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
@@ -112,7 +112,6 @@ class _LowBitAuto:
             raise UsageError("group_size goes with quantizing; this checkpoint says how it was quantized")
         remote = {"trust_remote_code": True} if trust_remote_code else {}
         model = empty_model(cls.hf, read_config(directory, trust_remote_code), directory, **remote)
-        model.config._name_or_path = str(directory)
         return load_low_bit(
             model,
             directory,
@@ -137,8 +136,7 @@ def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _own_format(directory: Path) -> str:
     """Return the cast that keeps the dtype a model was stored in."""
-    dtype = getattr(read_config(directory), "dtype", None)
-    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
+    return cast_name(getattr(read_config(directory), "dtype", None))
 
 
 def _auto(name: str) -> type[_LowBitAuto]:

@@ -146,7 +146,8 @@ def build(
         use_attention(model)
     if cut:
         _localize_attention(model, target, group.rank)
-    if hasattr(model, "config") and getattr(model.config, "tie_word_embeddings", False):
-        model.config.tie_word_embeddings = False  # head and embedding are two tensors from here on
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # head and embedding are two tensors from here on
     setattr(model, STATE, LowBitState(recipe, target, group, left))
     return model.eval().requires_grad_(False)

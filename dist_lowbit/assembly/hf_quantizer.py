@@ -54,7 +54,8 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in self._places.items():
             set_submodule(model, name, module)
         model._keys_to_ignore_on_load_missing = self._ignored  # type: ignore[assignment]
-        return load_low_bit(model, require_checkpoint(model.config._name_or_path))
+        config: Any = model.config
+        return load_low_bit(model, require_checkpoint(config._name_or_path))
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what this loader does not do: device maps beyond the CPU."""

@@ -52,13 +52,13 @@ def as_dtype(value: Any) -> torch.dtype:
 def block_under(recipe: Recipe, name: str) -> int:
     """Return the summation block that a recipe gives a module's weight."""
     row = recipe.format_for(name)
-    return BLOCK if row is None else summation_block(recipe.group_size)
+    return BLOCK if row is None else summation_block(recipe.groups)
 
 
 def form_under(recipe: Recipe, name: str, embedding: bool) -> tuple[Format, int | None] | None:
     """Return the format of a module's weight, None for what keeps its own dtype (embeddings, excluded modules)."""
     row = None if embedding else recipe.format_for(name)
-    return None if row is None else (row, recipe.group_size)
+    return None if row is None else (row, recipe.groups)
 
 
 def embeddings(model: nn.Module) -> set[str]:

@@ -16,17 +16,17 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from dist_lowbit.core.errors import UsageError
 
 
-def empty_model(cls: Any, config: Any, directory: str | Path, **kwargs: Any) -> nn.Module:
+def empty_model(cls: Any, config: Any, directory: str | Path, **kwargs: Any) -> Any:
     """Build a model of a Hugging Face class (or Auto class) with its parameters on meta.
 
-    Its generation config is read from `directory` where there is one. Cost: no weight is allocated.
+    Its generation config is read from `directory` where there is one, and its config remembers the directory.
+    Cost: no weight is allocated.
     """
+    own = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+    create = getattr(cls, "_from_config" if own else "from_config")
     with init_empty_weights(include_buffers=False):
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-            model = cls._from_config(config, dtype=torch.float32, **kwargs)
-        else:
-            model = cls.from_config(config, dtype=torch.float32, **kwargs)
-    assert isinstance(model, nn.Module)
+        model = create(config, dtype=torch.float32, **kwargs)
+    model.config._name_or_path = str(directory)
     if (Path(directory) / "generation_config.json").is_file() and getattr(model, "can_generate", lambda: False)():
         model.generation_config = GenerationConfig.from_pretrained(str(directory))
     return model
@@ -66,21 +66,21 @@ def low_memory_init() -> Iterator[None]:
     original = PreTrainedModel.__dict__["from_pretrained"]
 
     def from_pretrained(cls: Any, name_or_path: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        directory = _local(name_or_path, kwargs)
         config = kwargs.pop("config", None)
         if config is None:
-            config = read_config(_local(name_or_path, kwargs), bool(kwargs.get("trust_remote_code")))
+            config = read_config(directory, bool(kwargs.get("trust_remote_code")))
         elif hasattr(config, "quantization_config"):
             del config.quantization_config
         attention = {k: kwargs[k] for k in ("attn_implementation",) if kwargs.get(k) is not None}
-        model = empty_model(cls, config, name_or_path, **attention)
-        model.config._name_or_path = str(name_or_path)
+        model: nn.Module = empty_model(cls, config, directory, **attention)
         return model
 
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     try:
         yield
     finally:
-        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
+        PreTrainedModel.from_pretrained = original
 
 
 def _local(name_or_path: Any, kwargs: dict[str, Any]) -> Path:

@@ -60,7 +60,6 @@ def from_source(
     config = read_config(directory, trust_remote_code)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     model = empty_model(cls, config, directory, **remote)
-    model.config._name_or_path = str(directory)
     with TensorSource(directory) as source:
         weights = source_weights(model, source, recipe)
         renamed = missing(model, weights)

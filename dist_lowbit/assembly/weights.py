@@ -64,9 +64,9 @@ def cut_rows(tensor: torch.Tensor, split: Split | None, rank: int) -> torch.Tens
 _CASTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def cast_name(dtype: torch.dtype) -> str:
+def cast_name(dtype: torch.dtype | None) -> str:
     """Return the format that stores values of a dtype as they are (fp32 for wider or stranger ones)."""
-    return _CASTS.get(dtype, "fp32")
+    return _CASTS.get(dtype, "fp32") if dtype is not None else "fp32"
 
 
 class ModelWeights:
@@ -90,7 +90,7 @@ class ModelWeights:
         return None if value is None else cut_rows(value.detach(), split, rank)
 
 
-def _cast_row(dtype: torch.dtype) -> Format:
+def _cast_row(dtype: torch.dtype | None) -> Format:
     return lookup(cast_name(dtype))
 
 
@@ -106,13 +106,10 @@ class SourceWeights:
         """Return whether the files hold a tensor, under its own or its tied name."""
         return self._find(name) is not None
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the files hold a tensor that `has` found."""
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Return the dtype in which the files hold a tensor; None for one that torch does not know."""
         found = self._find(name)
-        assert found is not None
-        dtype = self._source[found].dtype
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        return None if found is None else self._source[found].dtype
 
     def _find(self, name: str) -> str | None:
         for candidate in (name, self._aliases.get(name)):

@@ -11,8 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "accelerate", "deepspeed", "mpi4py", "impi-rt")
-_PACKAGES += ("oneccl-devel", "oneccl_bindings_for_pytorch")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "accelerate",
+    "deepspeed",
+    "mpi4py",
+    "impi-rt",
+    "oneccl-devel",
+    "oneccl_bindings_for_pytorch",
+)
 _SMALL_SHM = 64 << 20  # what containers get when nobody asks for more
 _FEW_FILES = 1024
 
@@ -42,9 +52,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 def examine() -> dict[str, Any]:
     """Return everything doctor prints, as JSON values."""
-    from dist_lowbit import __version__, comm, ops
+    from dist_lowbit import comm, ops
     from dist_lowbit.core.native import native_why_not
     from dist_lowbit.core.rank import discover
+    from dist_lowbit.core.version import __version__
     from dist_lowbit.launcher.runners import RUNNERS
     from dist_lowbit.launcher.topology import read_machine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ def inspect(
     path = require_checkpoint(directory)
     rows = describe(path)
     with CheckpointReader(path) as reader:
-        head = {
+        head: dict[str, Any] = {
             "model": reader.metadata.get("model_class"),
             "recipe": reader.metadata.get("recipe"),
             "tp": reader.tp,

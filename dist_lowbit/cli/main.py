@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import typer
 
-from dist_lowbit import __version__
 from dist_lowbit.core.errors import DistLowbitError, UsageError
 from dist_lowbit.core.log import configure
 from dist_lowbit.core.settings import settings
+from dist_lowbit.core.version import __version__
 
 from . import chat, convert, doctor, generate, inspect
 

@@ -17,7 +17,7 @@ class IdleAttention(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.o_proj = module.o_proj
+        self.o_proj: Any = module.o_proj
         self.layer_idx, self.head_dim = int(module.layer_idx), int(module.head_dim)  # type: ignore[arg-type]
 
     def forward(

@@ -72,7 +72,7 @@ class _Clock(TextStreamer):  # type: ignore[misc]
 
 def encode(session: Session, prompt: str) -> torch.Tensor:
     """Return the token ids [1, S] of a prompt; an empty one is the beginning-of-text token."""
-    ids = session.tokenizer(prompt, return_tensors="pt").input_ids
+    ids: torch.Tensor = session.tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
         bos = session.tokenizer.bos_token_id
         if bos is None:

@@ -35,5 +35,4 @@ def open_session(path: str | Path, group: Group, *, trust_remote_code: bool = Fa
     except (OSError, ValueError) as error:
         raise UsageError(f"{directory} holds no usable tokenizer: {str(error).splitlines()[0]}") from error
     model = empty_model(class_of(config), config, directory, **remote)
-    model.config._name_or_path = str(directory)
     return Session(load_low_bit(model, directory, group=group), tokenizer, group)

@@ -50,8 +50,8 @@ _USUAL = {
 
 def dims_of(family: Family, config: Any) -> ModelDims:
     """Read a family's sizes from a Hugging Face config; a missing or impossible one is a PlanError."""
-    read = {
-        want: getattr(config, name, None) for want, name in ((w, family.names.get(w, n)) for w, n in _USUAL.items())
+    read: dict[str, Any] = {
+        want: getattr(config, family.names.get(want, usual), None) for want, usual in _USUAL.items()
     }
     read["kv_heads"] = read["kv_heads"] or read["heads"]
     if not read["head_dim"] and read["heads"]:
@@ -59,7 +59,7 @@ def dims_of(family: Family, config: Any) -> ModelDims:
     missing = [_USUAL[name] for name, value in read.items() if not isinstance(value, int) or value < 1]
     if missing:
         raise PlanError(f"the config of this {family.model_type} model has no usable {', '.join(missing)}")
-    dims = ModelDims(**read)
+    dims = ModelDims(**{name: int(value) for name, value in read.items()})
     if dims.heads % dims.kv_heads:
         raise PlanError(
             f"this {family.model_type} model has {dims.heads} attention heads over {dims.kv_heads} key/value heads; "

@@ -21,11 +21,16 @@ VOCAB_UNIT = 64
 class Dims(Protocol):
     """The sizes of a model that its axes have."""
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
 
 
 @dataclass(frozen=True)

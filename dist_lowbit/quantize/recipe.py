@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -32,13 +32,19 @@ class Recipe:
 
     format: str
     group_size: int | None = None
-    modules_to_not_convert: tuple[str, ...] = ()
+    modules_to_not_convert: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         row = lookup(self.format)
         object.__setattr__(self, "format", row.name)
         object.__setattr__(self, "group_size", check_group_size(row, self.group_size))
         object.__setattr__(self, "modules_to_not_convert", _patterns(self.modules_to_not_convert))
+
+    @property
+    def groups(self) -> int:
+        """Return the group size in force."""
+        assert self.group_size is not None  # __post_init__ has put a number there
+        return self.group_size
 
     def keeps(self, module_name: str) -> bool:
         """Return whether a module stays in high precision."""
