@@ -185,7 +185,7 @@ class DataFile:
                 raise CheckpointError(f"cannot read {self.path} at byte {offset + done}: {reason(error)}") from error
             if count == 0:
                 raise CheckpointError(
-                    f"{self.path} ends at byte {offset + done}; expected {offset + len(view)} bytes or more"
+                    f"{self.path} has become shorter than {offset + len(view)} bytes; expected {self.size}"
                 )
             done += count
 

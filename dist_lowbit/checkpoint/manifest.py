@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,25 +169,28 @@ class Manifest:
         expected: tuple[dict[str, tuple[Stored, tuple[str, ...]]], ...] = tuple({} for _ in self.files)
         infos: list[Info] = [*self.weights.values(), *self.tensors.values()]
         for info in infos:
-            check_cover(info.name, [(s.start, s.stop) for s in info.shards], info.size)
-            for shard in info.shards:
-                stored = info.entry(shard).stored()
-                if stored.keys() != shard.checksums.keys() or not stored:
+            entries = [info.entry(shard) for shard in info.shards]  # each checks its own range
+            check_cover(info.name, [(e.start, e.stop) for e in entries], info.size)
+            for shard, entry in zip(info.shards, entries, strict=True):
+                if not 0 <= shard.file < len(self.files):
                     raise CheckpointError(
-                        f"{info.name} [{shard.start}, {shard.stop}) has checksums of {sorted(shard.checksums)}; "
-                        f"expected those of {sorted(stored)}"
+                        f"{info.name} lies in file number {shard.file}; expected 0 to {len(self.files) - 1}"
                     )
-                for part, tensor in stored.items():
-                    sums = shard.checksums[part]
-                    if len(sums) != blocks_of(tensor.nbytes):
-                        raise CheckpointError(
-                            f"{tensor.key} has {len(sums)} checksums; expected {blocks_of(tensor.nbytes)}"
-                        )
-                    if not 0 <= shard.file < len(self.files):
-                        raise CheckpointError(
-                            f"{tensor.key} lies in file number {shard.file}; expected 0 to {len(self.files) - 1}"
-                        )
+                for tensor, sums in _with_checksums(shard, entry.stored(), info.name):
                     if tensor.key in expected[shard.file]:
                         raise CheckpointError(f"{tensor.key} would be stored twice in {self.files[shard.file].name}")
                     expected[shard.file][tensor.key] = (tensor, sums)
         return expected
+
+
+def _with_checksums(shard: Shard, stored: Mapping[str, Stored], name: str) -> Iterator[tuple[Stored, tuple[str, ...]]]:
+    if stored.keys() != shard.checksums.keys() or not stored:
+        raise CheckpointError(
+            f"{name} [{shard.start}, {shard.stop}) has checksums of {sorted(shard.checksums)}; "
+            f"expected those of {sorted(stored)}"
+        )
+    for part, tensor in stored.items():
+        sums = shard.checksums[part]
+        if len(sums) != blocks_of(tensor.nbytes):
+            raise CheckpointError(f"{tensor.key} has {len(sums)} checksums; expected {blocks_of(tensor.nbytes)}")
+        yield tensor, sums

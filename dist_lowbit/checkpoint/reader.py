@@ -41,19 +41,23 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """Return the manifest of a checkpoint and the checksum of its text; no data file is opened."""
     path = folder / MANIFEST
     try:
+        # O_NONBLOCK: opening a fifo must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode) or info.st_size > MANIFEST_LIMIT:
+                kind = "a file" if stat.S_ISREG(info.st_mode) else "no regular file"
+                raise CheckpointError(
+                    f"{path} is {kind} of {info.st_size} bytes; expected a file of at most {MANIFEST_LIMIT}"
+                )
+            with os.fdopen(fd, "rb", closefd=False) as file:
+                data = file.read(info.st_size)  # as much as there is: read allocates what it is asked for
+        finally:
+            os.close(fd)
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(folder) from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
-    with os.fdopen(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > MANIFEST_LIMIT:
-            raise CheckpointError(f"{path} has {info.st_size} bytes; expected a file of at most {MANIFEST_LIMIT}")
-        try:
-            data = file.read(MANIFEST_LIMIT)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
     return decode(data, str(path)), checksum(data)
 
 

@@ -18,7 +18,7 @@ from .manifest import MANIFEST
 from .strict import Fields, parse_json
 
 INDEX_LIMIT = 1 << 28
-REMAP = 1 << 28  # bytes read from a mapped .bin before it is mapped anew, which gives its pages back
+REMAP = 1 << 26  # bytes read from a mapped .bin before it is mapped anew, which gives its pages back
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_SHARDED = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -171,7 +171,7 @@ class TensorSource(Mapping[str, SourceTensor]):
     Takes, in this order, model.safetensors, its index, pytorch_model.bin, its index. Names, shapes and dtypes are
     known at once. Safetensors are read with pread, nothing of them is mapped, and the kernel is advised to drop what
     was read (unless `keep_cache`). A .bin is unpickled with weights_only and mapped, its pages given back every
-    256 MiB; one from before torch 1.6 is held whole. Whatever is damaged, missing or unsafe is a CheckpointError.
+    64 MiB; one from before torch 1.6 is held whole. Whatever is damaged, missing or unsafe is a CheckpointError.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep_cache: bool = False) -> None:

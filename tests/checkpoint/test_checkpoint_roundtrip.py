@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_saving import even_cuts, random_weight, same, same_bits, save, weight_cuts, write_records
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from saving import even_cuts, random_weight, same, same_bits, save, weight_cuts, write_records
 
 from dist_lowbit.checkpoint import (
     CheckpointReader,
@@ -36,7 +37,7 @@ def uneven(weight: PackedWeight, axis: int, tp: int) -> list[tuple[int, int]]:
     """All but the last rank get one unit at most."""
     size, step = weight.shape[axis], grain(weight.format, weight.group_size, axis)
     edges = [min(size, i * step) for i in range(tp)] + [size]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 @pytest.mark.parametrize("cuts", [weight_cuts, uneven])
@@ -148,7 +149,9 @@ def big(tmp_path_factory: pytest.TempPathFactory):
     weights = {name: (random_weight("fp16", shape, -1, 5), axis) for axis, (name, shape) in enumerate(BIG.items(), -1)}
     weights = {name: (w, axis if axis >= 0 else None) for name, (w, axis) in weights.items()}
     save(folder, 2, weights)
-    readers = [CheckpointReader(folder, verify=v, keep_cache=k) for v, k in ((True, True), (False, True), (True, False))]
+    readers = [
+        CheckpointReader(folder, verify=v, keep_cache=k) for v, k in ((True, True), (False, True), (True, False))
+    ]
     yield readers, {name: w for name, (w, _) in weights.items()}
     for reader in readers:
         reader.close()
@@ -183,10 +186,10 @@ def test_any_cuts_on_both_sides(tmp_path_factory: pytest.TempPathFactory, data: 
 
     edges = [0, *draw_edges(axis), shape[axis]]
     folder = tmp_path_factory.mktemp("cuts")
-    save(folder, len(edges) - 1, {"w": (weight, axis)}, cuts=lambda *_: list(zip(edges[:-1], edges[1:], strict=True)))
+    save(folder, len(edges) - 1, {"w": (weight, axis)}, cuts=lambda *_: list(pairwise(edges)))
     wanted = [0, *draw_edges(other), shape[other]]
     with CheckpointReader(folder) as reader:
-        for start, stop in zip(wanted[:-1], wanted[1:], strict=True):
+        for start, stop in pairwise(wanted):
             assert same(reader.read_weight("w", other, [(start, stop)]), weight.split(other, start, stop))
 
 

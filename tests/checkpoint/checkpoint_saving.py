@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def even_cuts(size: int, step: int, tp: int) -> list[tuple[int, int]]:
     """Return the ranges of tp ranks over whole steps; ranks may be empty."""
     units = -(-size // step)
     edges = [min(size, i * units // tp * step) for i in range(tp + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def weight_cuts(weight: PackedWeight, axis: int, tp: int) -> list[tuple[int, int]]:

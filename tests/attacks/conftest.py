@@ -1,0 +1,6 @@
+"""Lets the attacks use the helper of the checkpoint tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "checkpoint"))
