@@ -110,9 +110,9 @@ def linear_bound(x_MK: torch.Tensor, weight: PackedWeight, compute: str = "int8"
 def reorder_bound(x_MK: torch.Tensor, weight: PackedWeight, compute: str = "int8") -> torch.Tensor:
     """Bound how far two results can be apart that differ in the order of summation only, fp64 [M, N].
 
-    So for a whole Linear against the sum of its ranks' parts, at any degree. The int8 terms themselves are the same
-    bits in both, so each of the two is within gamma of their exact sum. No bound is needed where the orders agree
-    (tp 1, 2, 4, 8 of an integer format): there the test is `equal`.
+    So for a whole Linear against the sum of its ranks' parts, at any degree: each is within _sum_bound of the exact
+    sum. (The int8 terms are the same bits in both; their 3 roundings are counted all the same.) No bound is needed
+    where the orders agree (tp 1, 2, 4, 8 of an integer format): there the test is `equal`.
     """
     return 2 * _sum_bound(x_MK, weight, compute)
 
