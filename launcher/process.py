@@ -192,19 +192,20 @@ class Guard:
             raise LaunchError(f"cannot start the launcher's guard: {error.strerror}") from None
 
     def watch(self, process: Process) -> None:
-        self._write(process.pid)
+        """End the whole group of `process` by its death signal if the launcher goes."""
+        self._write(process.pid, process.command.death_signal)
 
     def close(self, over: Sequence[Process]) -> None:
         """Let go of the groups of `over` and end; must come before they are reaped, while their numbers are theirs."""
         for process in over:
-            self._write(-process.pid)
+            self._write(process.pid, 0)
         assert self._popen.stdin is not None
         self._popen.stdin.close()
         self._popen.wait()
 
-    def _write(self, number: int) -> None:
+    def _write(self, group: int, number: int) -> None:
         assert self._popen.stdin is not None
         try:
-            self._popen.stdin.write(f"{number}\n".encode())
+            self._popen.stdin.write(f"{group} {int(number)}\n".encode())
         except BrokenPipeError:  # somebody killed the guard; the ranks still have PR_SET_PDEATHSIG
             return

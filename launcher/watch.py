@@ -86,8 +86,7 @@ class Watch:
         process = Process(command, self._environ, self._out, self._err)
         self._processes.append(process)
         self._poll.register(process.pidfd, selectors.EVENT_READ, process)
-        if command.rank is not None:  # another launcher has to clean up itself, on its death signal
-            guard.watch(process)
+        guard.watch(process)
 
     # --- the loop
 

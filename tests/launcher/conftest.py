@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-LIMIT = 30.0  # of any one launcher: far above what one takes, so that a hang fails instead of hanging
+LIMIT = 60.0  # of any one launcher: far above what one takes, so that a hang fails instead of hanging
 
 
 def clean_environment() -> dict[str, str]:
@@ -55,13 +55,13 @@ class Launch:
         out, err = process.communicate(timeout=LIMIT)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def pids(self, count: int) -> list[int]:
+    def pids(self, count: int, seconds: float = 10.0) -> list[int]:
         """Wait until each rank has written its pid to pid<rank>, and return the pids by rank."""
-        return [int(self.wait_for(f"pid{rank}")) for rank in range(count)]
+        return [int(self.wait_for(f"pid{rank}", seconds)) for rank in range(count)]
 
-    def wait_for(self, name: str) -> str:
+    def wait_for(self, name: str, seconds: float = 10.0) -> str:
         path = self.folder / name
-        return until(lambda: path.exists() and path.read_text())
+        return str(until(lambda: path.exists() and path.read_text(), seconds))
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0):  # type: ignore[no-untyped-def]

@@ -8,10 +8,13 @@ import pty
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import READY, Launch, until  # type: ignore[import-not-found]
+from conftest import READY, Launch  # type: ignore[import-not-found]
+
+from dist_lowbit.launcher.process import TRAMPOLINE
 
 TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs 2 CPUs")
 
@@ -73,6 +76,32 @@ def test_a_taskset_is_respected(launch: Launch) -> None:
     refused = launch("-n", "2", "--bind", "core", script, before=taskset)
     assert refused.returncode == 2
     assert "1 physical core can be used here" in refused.stderr
+
+
+def test_memory_is_bound_or_it_is_said_why_not() -> None:
+    command = [sys.executable, "-I", "-S", TRAMPOLINE, "--nodes", "0", "--", "cat", "/proc/self/numa_maps"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    # A container may forbid the call, a kernel may know no NUMA nodes: then one sentence says so.
+    refused = "memory is not bound to NUMA node [0]: " in done.stderr
+    assert refused or (lines and all(line.split()[1] == "bind:0" for line in lines))
+
+
+def test_the_trampoline_picks_the_set_of_the_local_rank() -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    sets = f"{cpus[-1]};{cpus[0]}"
+    for local_rank, cpu in enumerate((cpus[-1], cpus[0])):
+        code = "import os; print(os.sched_getaffinity(0))"
+        command = [sys.executable, "-I", "-S", TRAMPOLINE, "--cpus", sets, "--", sys.executable, "-c", code]
+        env = {**os.environ, "LOCAL_RANK": str(local_rank)}
+        assert subprocess.run(command, capture_output=True, text=True, env=env).stdout == f"{{{cpu}}}\n"
+    for env, words in (
+        ({}, "cannot bind: none of LOCAL_RANK"),
+        ({"LOCAL_RANK": "2"}, "local rank 2 has none of the 2"),
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 2
+        assert words in done.stderr
 
 
 def test_rank_0_reads_stdin_and_the_others_nothing(launch: Launch) -> None:
@@ -169,7 +198,7 @@ def test_logs(launch: Launch) -> None:
 def test_much_output_for_a_slow_reader_is_complete(launch: Launch) -> None:
     script = launch.script("sys.stdout.write(('x' * 99 + '\\n') * 40000)")  # 4 MB a rank, 1 MiB is the high water
     process = launch.start("-n", "2", script)
-    until(lambda: process.poll() is not None or True)
+    time.sleep(0.3)  # the reader is slow
     out, _ = process.communicate(timeout=25)
     assert process.returncode == 0
     assert out.splitlines().count("[0] " + "x" * 99) == out.splitlines().count("[1] " + "x" * 99) == 40000
@@ -227,6 +256,7 @@ def test_it_starts_from_a_checkout_and_without_the_library(tmp_path: Path) -> No
     (tmp_path / "hello.py").write_text("print('hello')")
     code = """
 import sys
+import time
 from launcher.__main__ import main
 code = main(["-n", "1", sys.argv[1]])
 heavy = {"torch", "numpy", "dist_lowbit"} & set(sys.modules)

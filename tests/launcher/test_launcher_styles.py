@@ -6,10 +6,9 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
-from conftest import Launch  # type: ignore[import-not-found]
+from conftest import READY, Launch, gone, until  # type: ignore[import-not-found]
 from test_launcher_topology import GOLDEN, machine
 
 from dist_lowbit.launcher.binding import bind, resolve
@@ -200,20 +199,27 @@ def test_dry_run_prints_everything_and_starts_nothing(launch: Launch) -> None:
     assert not (launch.folder / "started").exists()
 
 
+RANK_OF_ANY = """
+names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+rank = next(os.environ[name] for name in names if name in os.environ)
+"""
 WHO = """
-local = next(os.environ[n] for n in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID") if n in os.environ)
-with open("who" + local, "w") as f:
+with open("who" + rank, "w") as f:
     f.write(f"{sorted(os.sched_getaffinity(0))} {os.environ['A']} {os.environ['MASTER_PORT']} {sys.argv[1:]}")
 """
 
 
-@pytest.mark.parametrize("style", list(RUNNERS))
+# DeepSpeed takes seconds to import itself.
+STYLES = [pytest.param(name, marks=[pytest.mark.slow] if name == "deepspeed" else []) for name in RUNNERS]
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_each_style_that_is_here_starts_bound_ranks(launch: Launch, style: str) -> None:
     why_not = RUNNERS[style]().why_not()
     if why_not is not None:
         pytest.skip(f"--style {style} cannot be used: {why_not}")
     path = launch.folder / "who.py"
-    path.write_text("import os, sys\n" + WHO)
+    path.write_text("import os, sys\n" + RANK_OF_ANY + WHO)
     ranks = min(2, len(os.sched_getaffinity(0)))
     done = launch("-n", str(ranks), "--bind", "core", "--style", style, "--env", "A=b c", str(path), "--local", "x y")
     assert done.returncode == 0, done.stderr
@@ -232,6 +238,21 @@ def test_the_failure_of_each_style_is_passed_on(launch: Launch, style: str) -> N
         pytest.skip(f"--style {style} cannot be used: {why_not}")
     path = launch.folder / "fails.py"
     path.write_text("raise SystemExit(7)\n")
-    done = launch("-n", "2", "--bind", "none", "--style", style, str(Path(path)))
+    done = launch("-n", "2", "--bind", "none", "--style", style, str(path))
     assert done.returncode != 0
     assert f"dist-lowbit run: {style} (pid " in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", [name for name in RUNNERS if name != "local"])
+def test_a_killed_launcher_leaves_no_rank_of_another_launcher(launch: Launch, style: str) -> None:
+    why_not = RUNNERS[style]().why_not()
+    if why_not is not None:
+        pytest.skip(f"--style {style} cannot be used: {why_not}")
+    path = launch.folder / "sleeps.py"
+    path.write_text("import os, time\n" + RANK_OF_ANY + READY + "time.sleep(60)\n")
+    process = launch.start("-n", "2", "--bind", "none", "--style", style, str(path))
+    pids = launch.pids(2, seconds=60)
+    process.kill()
+    process.wait()
+    until(lambda: all(map(gone, pids)), 10)
