@@ -5,8 +5,7 @@
 #   make wheel     dist/dist_lowbit-*-py3-none-linux_*.whl
 #   make lint      ruff, mypy --strict, clang-format; make format mends what they can mend
 #   make clean     remove everything that these made
-# Variables: PYTHON (which interpreter), PIP_ARGS (more options for pip install), PYTEST_ARGS, SANITIZE (address,undefined
-# or thread: builds the kernels so).
+# Variables: PYTHON, PIP_ARGS (options for pip install), PYTEST_ARGS, SANITIZE (of the kernels: address,undefined or thread)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
@@ -25,8 +24,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(PIP_ARGS)
-# Packages whose declared dependencies are far larger than what we use of them: oneCCL's CPU library needs no SYCL
-# runtime (1.9 GB), whisper no triton.
+BUILD := $(INSTALL) --no-build-isolation -e . -C cmake.define.DLB_SANITIZE=$(SANITIZE)
+EXTRAS := deepspeed mpi serve test dev
+# The extra ccl, and whisper, without what they declare and we never use: oneCCL on CPUs needs no SYCL runtime (1.9 GB),
+# whisper no triton.
 SLIM := oneccl-devel tcmlib intel-cmplr-lib-rt openai-whisper
 
 KERNELS := CMakeLists.txt $(shell find kernels/cpu -type f 2>/dev/null)
@@ -40,26 +41,29 @@ DEMO := demo-out
 help:
 	@sed -n 's/^#   //p; s/^# \(Variables.*\)/\1/p' Makefile
 
-# Three stamps, so that a second call does nothing and an edited kernel rebuilds the library only.
+# Stamps, so that a second call does nothing. The project is built without isolation: an isolated build starts from
+# nothing each time, this one compiles what has changed.
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}, expected 3.11 or newer; name another with make PYTHON=...")'
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
 $(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt
-	@echo "Installing dist_lowbit and what it needs into $(VENV) (the first time takes minutes)"
-	$(INSTALL) -e . -C cmake.define.DLB_SANITIZE=$(SANITIZE)
+	@echo "Installing dist_lowbit and what it needs into $(VENV); the first time takes minutes"
+	$(INSTALL) scikit-build-core cmake ninja
+	$(BUILD)
 	@touch $@ $(VENV)/.kernels
 
 $(VENV)/.kernels: $(VENV)/.base $(KERNELS)
-	$(INSTALL) --no-deps -e . -C cmake.define.DLB_SANITIZE=$(SANITIZE)
+	$(BUILD) --no-deps
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	@echo "Installing the extras deepspeed, mpi, ccl, test and dev into $(VENV)"
-	$(INSTALL) -e '.[deepspeed,mpi,serve,test,dev]' -C cmake.define.DLB_SANITIZE=$(SANITIZE)
+	@echo "Installing the extras $(EXTRAS) ccl into $(VENV)"
+	@$(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(EXTRAS) > $(VENV)/extras.txt
+	$(INSTALL) -r $(VENV)/extras.txt
 	$(INSTALL) --no-deps $(SLIM)
-	@touch $@ $(VENV)/.kernels
+	@touch $@
 
 demo: $(VENV)/.kernels
 	rm -rf $(DEMO)
