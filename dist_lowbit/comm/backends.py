@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from logging import INFO, WARNING
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from dist_lowbit.core.errors import CommError, UsageError
 from dist_lowbit.core.log import logger
@@ -20,9 +21,7 @@ from .peers import from_json, myself, one_machine, to_json
 from .shm import ShmGroup
 from .single import SingleGroup
 
-BACKENDS: Mapping[str, type[BaseGroup]] = {
-    backend.name: backend for backend in (SingleGroup, ShmGroup, GlooGroup)
-}
+BACKENDS: Mapping[str, type[BaseGroup]] = {backend.name: backend for backend in (SingleGroup, ShmGroup, GlooGroup)}
 AUTO = ("shm", "gloo")  # best first
 
 
@@ -42,19 +41,20 @@ def _refusal(name: str, facts: list[Json], near: bool) -> str | None:
     return None
 
 
-def _choose(facts: list[Json], near: bool) -> str:
+def _choose(facts: list[Json], near: bool, rank: int) -> str:
     """Return the backend's name: the same on every rank, since all decide from the same facts."""
     asked = [fact["backend"] for fact in facts]
     if len(set(asked)) > 1:
         wishes = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(asked))
         raise UsageError(f"the ranks ask for different backends ({wishes}); set DIST_LOWBIT_BACKEND alike on all")
     names = AUTO if asked[0] == "auto" else (asked[0],)
-    refusals = []
+    refusals: list[str] = []
     for name in names:
         reason = _refusal(name, facts, near)
         if reason is None:
-            for earlier in refusals:
-                logger.info("not %s", earlier)
+            if refusals and rank == 0:
+                # On one machine this costs much speed, so it is said aloud; across machines it is the ordinary case.
+                logger.log(WARNING if near else INFO, "%s is used instead of %s", name, "; ".join(refusals))
             return name
         refusals.append(reason)
     raise CommError(f"no backend can connect the ranks: {'; '.join(refusals)}")
@@ -87,9 +87,14 @@ def init_group(
     facts = {"peer": to_json(myself(info.rank)), "why_not": why_not(info), "backend": name}
     meeting, answers = meet(info, limit, prefix, facts, store)
     peers = [from_json(answer["peer"], rank) for rank, answer in enumerate(answers)]
-    chosen = BACKENDS[_choose(answers, one_machine(peers))]
-    group = chosen.connect(meeting, peers, limit)
-    meeting.part()
+    chosen = BACKENDS[_choose(answers, one_machine(peers), info.rank)]
+    with meeting.watching(peers):
+        group = chosen.connect(meeting, peers, limit)
+        try:
+            meeting.part()
+        except BaseException:
+            group.close()
+            raise
     return group
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from types import TracebackType
 from typing import Any, ClassVar, ParamSpec, Self
 
@@ -36,6 +37,7 @@ class BaseGroup(ABC):
         self.peers = tuple(peers)
         self.timeout = timeout
         self._lost: str | None = None
+        self._culprit: int | None = None
 
     # ---- what a backend supplies
 
@@ -66,11 +68,11 @@ class BaseGroup(ABC):
 
     @abstractmethod
     def _leave(self) -> None:
-        """Tell the peers, if it can be told, that this rank gave up in the middle of a call."""
+        """Let the peers know that this rank has given the group up, if they cannot know it yet."""
 
     @abstractmethod
     def _subgroup(self, rank: int, peers: Sequence[Peer], exchange: Exchange, label: str) -> BaseGroup:
-        """Form a group of two or more of this group's ranks. Every rank of this group calls `exchange` equally often."""
+        """Form a group of some of this group's ranks. Every rank of this group calls `exchange` equally often."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -87,7 +89,9 @@ class BaseGroup(ABC):
         self, x: torch.Tensor, dim: int = -1, sizes: Sequence[int] | None = None, timeout: float | None = None
     ) -> torch.Tensor:
         if x.device.type != "cpu" or not -x.dim() <= dim < x.dim():
-            raise UsageError(f"all_gather along {dim} got {_described(x)}; expected a CPU tensor that has the dimension")
+            raise UsageError(
+                f"all_gather along {dim} got {_described(x)}; expected a CPU tensor that has the dimension"
+            )
         dim %= x.dim()
         limit = self.timeout if timeout is None else timeout
         own = x.shape[dim]
@@ -106,7 +110,7 @@ class BaseGroup(ABC):
         self._gather_bytes(x.contiguous(), flat, [n * x.element_size() for n in numels], limit)
         if torch.Size(x.shape[:dim]).numel() == 1:
             return flat.view(*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :])
-        pieces = [piece.view(shape) for piece, shape in zip(flat.split(numels), shapes, strict=True)]
+        pieces = [piece.view(shape) for piece, shape in zip(cut(flat, numels), shapes, strict=True)]
         return torch.cat(pieces, dim)
 
     def broadcast(self, x: torch.Tensor, source: int = 0, timeout: float | None = None) -> torch.Tensor:
@@ -134,7 +138,7 @@ class BaseGroup(ABC):
         counts = [int(count) for count in told.tolist()]
         out = torch.empty(sum(counts), dtype=torch.uint8)
         self._gather_bytes(data, out, counts, limit)
-        return [_decode(piece) for piece in out.split(counts)]
+        return [_decode(piece) for piece in cut(out, counts)]
 
     def barrier(self, timeout: float | None = None) -> None:
         self._run(self._barrier, self.timeout if timeout is None else timeout)
@@ -161,14 +165,15 @@ class BaseGroup(ABC):
 
     def _run(self, primitive: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         if self._lost is not None:
-            raise CommError(f"the group of rank {self.rank} is lost: {self._lost}")
+            raise CommError(f"the group of rank {self.rank} is lost: {self._lost}", self._culprit)
         try:
             primitive(*args, **kwargs)
         except CommError as error:
-            self._lost = str(error)
+            self._lost, self._culprit = str(error), error.rank
+            self._leave()
             raise
         except BaseException as error:
-            self._lost = f"a call was interrupted by {type(error).__name__}"
+            self._lost, self._culprit = f"a call was interrupted by {type(error).__name__}", self.rank
             self._leave()
             raise
 
@@ -187,6 +192,12 @@ class BaseGroup(ABC):
         self.close()
 
 
+def cut(flat: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    """Return views of consecutive pieces of a flat tensor."""
+    ends = list(accumulate(counts, initial=0))
+    return [flat[start:stop] for start, stop in pairwise(ends)]
+
+
 def _described(x: torch.Tensor) -> str:
     layout = "" if x.is_contiguous() else ", not contiguous"
     return f"a tensor of shape {list(x.shape)} ({x.dtype}, {x.device}{layout})"
@@ -200,7 +211,9 @@ def _encode(value: Json) -> torch.Tensor:
     try:
         text = json.dumps(value)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"a value sent between ranks is no JSON ({error}); send None, numbers, text, lists, dicts") from None
+        raise UsageError(
+            f"a value sent between ranks is no JSON ({error}); send None, numbers, text, lists, dicts"
+        ) from None
     return torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
 
 

@@ -21,9 +21,20 @@ class Group(Protocol):
     then, and every later call raises.
     """
 
-    rank: int
-    size: int
-    name: str
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The backend's name in BACKENDS."""
+        ...
 
     def all_reduce(self, x: torch.Tensor, timeout: float | None = None) -> torch.Tensor:
         """Replace `x` by the sum over all ranks and return it, the same bits on every rank.

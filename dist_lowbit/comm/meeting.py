@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
-from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore
+from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dist_lowbit.core.errors import CommError, UsageError
 from dist_lowbit.core.rank import LOOPBACK, RankInfo
 
 from .group import Json
-from .peers import has_ended
+from .peers import Peer, has_ended, open_pidfd
 
 Exchange = Callable[[Json], list[Json]]  # one value from each rank, on each rank; all call it together
 
@@ -27,7 +30,7 @@ class Meeting:
         self.info = info
         self.timeout = timeout
         self._round = 0
-        self.pidfds: dict[int, int] = {}  # of ranks on this machine, to notice their death meanwhile
+        self._pidfds: dict[int, int] = {}
 
     def exchange(self, value: Json) -> list[Json]:
         """Return every rank's value; a rank that does not come within the timeout is a CommError naming it."""
@@ -42,6 +45,20 @@ class Meeting:
         if self.info.rank == 0:
             self._wait(keys)
 
+    @contextmanager
+    def watching(self, peers: Sequence[Peer]) -> Iterator[None]:
+        """Notice meanwhile if one of the peers on this machine dies."""
+        own = peers[self.info.rank]
+        near = [peer for peer in peers if peer.machine == own.machine and peer.rank != own.rank]
+        self._pidfds = {peer.rank: open_pidfd(peer) for peer in near}
+        try:
+            yield
+        finally:
+            for pidfd in self._pidfds.values():
+                if pidfd >= 0:
+                    os.close(pidfd)
+            self._pidfds = {}
+
     def _announce(self, topic: str, text: str) -> list[str]:
         keys = [f"{topic}/{rank}" for rank in range(self.info.world_size)]
         self.store.set(keys[self.info.rank], text)
@@ -53,7 +70,7 @@ class Meeting:
         pause = 0.001
         while not self.store.check(keys):
             late = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-            dead = [rank for rank in late if rank in self.pidfds and has_ended(self.pidfds[rank])]
+            dead = [rank for rank in late if self._pidfds.get(rank, -1) >= 0 and has_ended(self._pidfds[rank])]
             if dead and not self.store.check([keys[dead[0]]]):
                 raise CommError(f"rank {dead[0]} has died while the group formed", dead[0])
             if late and time.monotonic() > deadline:

@@ -22,13 +22,26 @@ def _too_small(folder: str, detail: str) -> str:
     )
 
 
-def create(total: int, folder: str = FOLDER) -> int:
-    """Return the descriptor of a new nameless segment of `total` bytes, not yet reserved."""
+def no_room(total: int, folder: str = FOLDER) -> str | None:
+    """Return why a segment of `total` bytes cannot be made, or None if it can."""
     try:
         status = os.statvfs(folder)
-        free = status.f_bavail * status.f_frsize
-        if status.f_blocks and free < total:
-            raise CommError(_too_small(folder, f"{total} bytes needed, {free} free"))
+    except OSError as error:
+        return f"there is no {folder} ({error.strerror})"
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return f"{folder} is not writable"
+    free = status.f_bavail * status.f_frsize
+    if status.f_blocks and free < total:  # no blocks at all: a file system without a limit
+        return _too_small(folder, f"{total} bytes needed, {free} free")
+    return None
+
+
+def create(total: int, folder: str = FOLDER) -> int:
+    """Return the descriptor of a new nameless segment of `total` bytes, not yet reserved."""
+    reason = no_room(total, folder)
+    if reason is not None:
+        raise CommError(reason)
+    try:
         descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CommError(

@@ -99,9 +99,7 @@ class ShmGroup(BaseGroup):
             return f"the compiled library is missing: {native_why_not()}"
         if not hasattr(library, "dlb_shm_attach"):
             return "the compiled library has no shared memory collectives"
-        if not os.access(segment.FOLDER, os.R_OK | os.W_OK):
-            return f"{segment.FOLDER} is missing or not writable"
-        return None
+        return segment.no_room(int(bind(library).dlb_shm_region_bytes()) * info.world_size)
 
     @classmethod
     def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> ShmGroup:

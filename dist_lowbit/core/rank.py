@@ -19,8 +19,10 @@ Environ = Mapping[str, str]
 PORTS = range(20000, 32000)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Processes that start ranks, as /proc/<pid>/comm shows them (15 characters).
-STARTERS = ("hydra_pmi_proxy", "pmi_proxy", "orted", "prted", "prterun", "mpirun", "mpiexec", "mpiexec.hydra")
-STARTERS += ("slurmstepd", "palsd", "torchrun", "deepspeed")
+STARTERS = (
+    *("hydra_pmi_proxy", "pmi_proxy", "mpirun", "mpiexec", "mpiexec.hydra"),
+    *("orted", "prted", "prterun", "slurmstepd", "palsd", "torchrun", "deepspeed"),
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ def _complete(
 ) -> RankInfo:
     addr = environ.get("MASTER_ADDR", "")
     if size < 1 or rank >= size:
-        raise UsageError(f"the launcher's variables ({source}) say rank {rank} of {size}; expected a rank below the size")
+        raise UsageError(
+            f"the launcher's variables ({source}) say rank {rank} of {size}; expected a rank below the size"
+        )
     one_host = size == 1 or addr in LOOPBACK or (not addr and local_size in (None, size))
     if local_size is None:
         local_size = size if one_host else 0

@@ -1,0 +1,48 @@
+"""Every backend gives the same bits and the same behaviour: one list of checks, run on real ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_lowbit.comm import BACKENDS, SingleGroup, why_not
+from tests.comm import bodies
+from tests.comm.conftest import PAIR, require
+from tests.comm.harness import Farm, Outcome
+
+SIZES = (2, 3, 4)
+SHARED = [name for name in BACKENDS if name != "single"]
+
+
+@pytest.fixture(scope="module")
+def outcome(farm: Farm) -> Outcome:
+    """Four processes run every check over every backend, in groups of 2, 3 and 4 of them."""
+    here = [name for name in SHARED if why_not(PAIR)[name] is None]
+    args = {"backends": here, "sizes": list(SIZES)}
+    return farm.run("conformance", max(SIZES), args, timeout=100)
+
+
+@pytest.mark.parametrize("check", bodies.CHECKS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", SHARED)
+def test_backend(outcome: Outcome, backend: str, size: int, check: str) -> None:
+    require(backend)
+    assert not outcome.errors, next(iter(outcome.errors.values()))
+    assert sorted(outcome.values) == list(range(max(SIZES))), outcome.output
+    assert all(f"{backend}-{size}-{check}" in outcome.values[rank] for rank in range(size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_ranks_and_backends_give_the_same_bits(outcome: Outcome, size: int) -> None:
+    digests = {
+        value
+        for report in outcome.values.values()
+        for name, value in report.items()
+        if name.endswith(f"-{size}-fingerprints")
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("check", bodies.CHECKS)
+def test_single(check: str) -> None:
+    with SingleGroup() as group:
+        bodies.CHECKS[check](group)

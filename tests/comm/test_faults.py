@@ -1,0 +1,130 @@
+"""What happens when a rank dies, stops, leaves or makes another call: an error that names it, in time."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.comm.conftest import require
+from tests.comm.harness import Farm
+
+BOTH = pytest.mark.parametrize("backend", ["shm", "gloo"])
+VICTIM = 1
+TIMEOUT = 1.5  # seconds of silence
+SCHEDULING = 0.7  # what a loaded machine of two cores may add
+
+# How the victim ends, the text that tells so, and the seconds within which all must know.
+FATES = {
+    "SIGKILL": ("has died", 1.0),
+    "SIGSTOP": ("is stopped", TIMEOUT),
+    "close": ("has closed its group", 1.0),
+    "raise": ("has ", 1.0),  # died or closed: its finalizers run first
+}
+
+
+@BOTH
+@pytest.mark.parametrize("count", [1000, 300000])
+@pytest.mark.parametrize("fate", FATES)
+def test_the_rank_at_fault_is_named_in_time(backend: str, fate: str, count: int, farm: Farm) -> None:
+    require(backend)
+    args = {"backend": backend, "victim": VICTIM, "fate": fate, "count": count, "timeout": TIMEOUT}
+    outcome = farm.run("trouble", 3, args, lost=(VICTIM,), timeout=10)
+    text, within = FATES[fate]
+    if backend == "gloo":
+        within += 1.0  # its grace for a process whose connection closed, to count as ended
+    for rank in (0, 2):
+        assert rank in outcome.values, outcome.errors or outcome.output
+        seen = outcome.values[rank]
+        assert text in seen["message"], seen
+        assert seen["rank"] == VICTIM, seen
+        assert f"rank {VICTIM} (pid " in seen["message"]
+        assert seen["moment"] - outcome.note("moment", VICTIM) < within + SCHEDULING, seen
+        assert "is lost" in seen["later"]
+        assert f"rank {VICTIM} " in seen["later"]
+
+
+@BOTH
+def test_a_mismatch_is_named_at_once(backend: str, farm: Farm) -> None:
+    require(backend)
+    outcome = farm.run("mismatch", 3, {"backend": backend}, timeout=40)
+    assert not outcome.errors, outcome.errors
+    expected = (
+        ("all_reduce of 11 fp32", "all_reduce of 10 fp32"),
+        ("all_reduce of 11 fp32", "barrier"),
+        ("all_reduce of 5 fp16", "all_reduce of 5 bf16"),
+        ("broadcast of 20 bytes from rank",),
+        ("all_gather of",),
+        ("all_reduce of 10 fp32", "all_reduce of 1000000 fp32"),
+    )
+    for rank, results in outcome.values.items():
+        for result, texts in zip(results, expected, strict=True):
+            assert result["rank"] is not None, result
+            assert result["seconds"] < 2.0, result
+            # Whoever hears it from a peer repeats the name, not the details.
+            assert "another call" in result["message"] or all(text in result["message"] for text in texts), (
+                rank,
+                result,
+            )
+
+
+@BOTH
+def test_a_forgotten_group_does_not_keep_the_process(backend: str, farm: Farm) -> None:
+    require(backend)
+    outcome = farm.run("forgotten", 2, {"backend": backend, "whole_exit": True}, timeout=15)
+    assert outcome.values == {0: backend, 1: backend}, outcome.errors
+    assert outcome.late == []
+    assert "Exception" not in outcome.output
+
+
+def test_ctrl_c_ends_a_wait(farm: Farm) -> None:
+    require("shm")
+    outcome = farm.run("interrupted", 2)
+    assert outcome.values[0]["how"].startswith("KeyboardInterrupt"), outcome.values
+    assert outcome.values[0]["seconds"] < 0.3 + SCHEDULING
+    assert "rank 0" in outcome.values[1]["how"]
+    assert "was interrupted" in outcome.values[1]["how"]
+    assert outcome.values[1]["seconds"] < 0.8 + 0.1 + SCHEDULING
+
+
+def test_a_forked_child_leaves_the_group_alone(farm: Farm) -> None:
+    require("shm")
+    outcome = farm.run("forked", 2)
+    assert outcome.values == {0: True, 1: True}, outcome.errors
+
+
+def test_the_segment_has_no_name_and_no_open_descriptor(farm: Farm) -> None:
+    require("shm")
+    outcome = farm.run("shared_memory", 2)
+    for rank in (0, 1):
+        seen = outcome.values[rank]
+        assert seen["new"] == []
+        assert seen["open"] == []
+        assert len(seen["maps"]) == 1
+        assert "(deleted)" in seen["maps"][0]
+
+
+def test_a_small_dev_shm_is_a_sentence(tmp_path: Path) -> None:
+    require("shm")
+    mount = "mount -t tmpfs -o size=512k tmpfs /dev/shm"
+    wrapper = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
+    try:
+        subprocess.run([*wrapper, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no mount namespaces for tests here")
+    farm = Farm(tmp_path, wrapper)
+    outcome = farm.run("small_shm", 2)
+    farm.close()
+    for rank in (0, 1):
+        assert rank in outcome.values, outcome.errors or outcome.output
+        assert outcome.values[rank].startswith("gloo: ")
+        assert "/dev/shm has no room" in outcome.values[rank]
+        assert "524288 free" in outcome.values[rank]
+    assert "gloo is used instead of shm" in outcome.output
+
+
+def test_waiting_costs_no_processor_time(farm: Farm) -> None:
+    require("shm")
+    outcome = farm.run("idle", 2)
+    assert outcome.values[0] < 0.1, outcome.values
