@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dist_lowbit.core.errors import CheckpointError
@@ -89,18 +90,21 @@ class StoredBytes:
             self.read(begin, begin + size, view[first : first + size])
             return
         skip = pitch - width > (SPARSE if self.sums is None else 2 * CHECKSUM_BLOCK)
-        out_bytes = out.view(torch.uint8)
+        into = out.view(torch.uint8).numpy()
+        buffer = memoryview(bytearray())
         row = rows[0]
         while row < rows[1]:
             # End a window at a block's end, so that no block is read twice where rows divide blocks.
             limit = (row * pitch // CHECKSUM_BLOCK * CHECKSUM_BLOCK + WINDOW) // pitch
             last = row + 1 if skip else min(rows[1], max(row + 1, limit))
             begin, end = row * pitch + columns[0], (last - 1) * pitch + columns[1]
-            buffer = torch.empty(end - begin, dtype=torch.uint8)
-            self.read(begin, end, bytes_of(buffer))
-            taken = torch.as_strided(buffer, (last - row, width), (pitch, 1))
+            if len(buffer) < end - begin:
+                buffer = memoryview(bytearray(end - begin))
+            self.read(begin, end, buffer[: end - begin])
+            # numpy copies on this thread; torch would wake its pool for it, which costs more than the copy.
+            taken = np.ndarray((last - row, width), np.uint8, buffer, 0, (pitch, 1))
             at = to[0] + row - rows[0]
-            out_bytes[at : at + last - row, to[1] : to[1] + width] = taken
+            into[at : at + last - row, to[1] : to[1] + width] = taken
             row = last
 
     def read_all(self) -> None:
