@@ -57,6 +57,7 @@ def _swap(
         set_submodule(model, name, ParallelEmbedding(values, split, group, dtype))
         return
     bias = weights.tensor(f"{name}.bias", split, group.rank)
+    bias = bias if bias is None else bias.to(dtype)
     set_submodule(model, name, LowBitLinear(packed, bias, split, group, compute))
 
 

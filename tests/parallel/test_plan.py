@@ -73,7 +73,10 @@ def shapes_of(fused: bool, dims: ModelDims, hidden: int, layers: int = 2) -> dic
     for i in range(layers):
         base = f"model.layers.{i}"
         if fused:
-            shapes |= {f"{base}.self_attn.qkv_proj": (q + 2 * kv, hidden), f"{base}.mlp.gate_up_proj": (2 * mlp, hidden)}
+            shapes |= {
+                f"{base}.self_attn.qkv_proj": (q + 2 * kv, hidden),
+                f"{base}.mlp.gate_up_proj": (2 * mlp, hidden),
+            }
         else:
             shapes |= {f"{base}.self_attn.{name}_proj": (q if name == "q" else kv, hidden) for name in "qkv"}
             shapes |= {f"{base}.mlp.{name}_proj": (mlp, hidden) for name in ("gate", "up")}
