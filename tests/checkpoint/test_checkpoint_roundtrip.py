@@ -40,8 +40,7 @@ def uneven(weight: PackedWeight, axis: int, tp: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-@pytest.mark.parametrize("cuts", [weight_cuts, uneven])
-@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+@pytest.mark.parametrize(("tp", "cuts"), [*((tp, weight_cuts) for tp in (1, 2, 3, 4)), (3, uneven)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_any_tp_to_any_tp(tmp_path: Path, format: str, tp: int, cuts) -> None:
     groups = [-1] if not FORMATS[format].grouped else [32, 64, -1]
