@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_lowbit.core.errors import CheckpointError
 from dist_lowbit.core.log import logger
+from dist_lowbit.core.version import __version__
 
 from .container import reason
 from .manifest import MANIFEST, FileInfo, Manifest, Shard, TensorInfo, WeightInfo, is_data_file
@@ -114,7 +115,7 @@ def commit(
     tp: int,
     metadata: Mapping[str, Any],
     records: Sequence[FileRecord],
-    producer: str = "dist_lowbit",
+    producer: str = f"dist_lowbit {__version__}",
 ) -> Manifest:
     """Make closed data files the checkpoint of `directory`, and remove those of the checkpoint before it.
 
