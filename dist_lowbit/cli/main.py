@@ -37,7 +37,12 @@ def _root(
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,  # a -- among the script's own words is the script's
+        "help_option_names": [],
+    },
     add_help_option=False,
 )
 def run(context: typer.Context) -> None:
