@@ -1,11 +1,13 @@
 """Real ranks for tests: one helper process imports torch once and forks a process per rank.
 
-A body is a function `body(job: Job) -> JSON value` of tests.comm.bodies; every rank runs it in its own process.
+A body is a function `body(job: Job) -> JSON value` of a module that the farm is given; every rank runs it in its own
+process.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import signal
@@ -60,16 +62,16 @@ def free_port() -> int:
 class Farm:
     """The helper process: its runs cost a fork for each rank instead of an import of torch.
 
-    `wrapper` is a command that runs it, such as one that changes the name space.
+    `wrapper` is a command that runs it, such as one that changes the name space; `bodies` the module of the bodies.
     """
 
-    def __init__(self, folder: Path, wrapper: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, wrapper: tuple[str, ...] = (), bodies: str = "tests.comm.bodies") -> None:
         self.folder = folder
         self.runs = 0
         foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         clean = {name: value for name, value in os.environ.items() if name not in foreign}
         clean["PYTHONPATH"] = str(ROOT)
-        command = [*wrapper, sys.executable, "-m", "tests.comm.harness"]
+        command = [*wrapper, sys.executable, "-m", "tests.comm.harness", bodies]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -114,8 +116,7 @@ def _rank_main(spec: dict[str, Any], rank: int) -> None:
     os.environ.update({name: str(value) for name, value in ours.items()})
     import torch
 
-    from tests.comm import bodies
-
+    bodies = importlib.import_module(sys.argv[1])
     torch.set_num_threads(1)
     job = Job(rank, size, Path(spec["folder"]), spec["args"])
     try:
@@ -159,8 +160,7 @@ def start(spec: dict[str, Any]) -> list[int]:
 
 def main() -> None:
     """Make the runs that come in, one a line, and answer each with the ranks that did not end in time."""
-    from tests.comm import bodies  # noqa: F401  (imports torch and the package before any fork)
-
+    importlib.import_module(sys.argv[1])  # torch and the package, before any fork
     while line := sys.stdin.readline():
         print(json.dumps(start(json.loads(line))), flush=True)
 
