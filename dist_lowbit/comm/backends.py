@@ -75,7 +75,8 @@ def init_group(
     `backend` is a name of BACKENDS or auto: DIST_LOWBIT_BACKEND if set, else shm on one machine and gloo across.
     A world of one is `single` whatever the name. `timeout` (seconds, default DIST_LOWBIT_TIMEOUT) bounds the wait for
     the ranks here and is the group's default. `store` is a torch.distributed store to meet at, instead of the one at
-    MASTER_ADDR:MASTER_PORT. Neither needs nor touches torch.distributed's default group. Raises CommError, UsageError.
+    MASTER_ADDR:MASTER_PORT. Neither needs nor touches torch.distributed's default group; where that one meets at the
+    same address, form it before this group or while this group is open. Raises CommError, UsageError.
     """
     info = current() if rank_info is None else rank_info
     name = settings().backend if backend == "auto" else backend
@@ -95,6 +96,7 @@ def init_group(
         except BaseException:
             group.close()
             raise
+    group.hold(meeting.store)
     return group
 
 

@@ -38,6 +38,7 @@ class BaseGroup(ABC):
         self.timeout = timeout
         self._lost: str | None = None
         self._culprit: int | None = None
+        self._store: Any = None
 
     # ---- what a backend supplies
 
@@ -177,10 +178,19 @@ class BaseGroup(ABC):
             self._leave()
             raise
 
+    def hold(self, store: object) -> None:
+        """Keep the store of the meeting until the group is closed.
+
+        torch.distributed's own group may be about to meet at the same address: it shares our store in rank 0's
+        process, and would lose its ranks if that were closed while they come.
+        """
+        self._store = store
+
     def _closed(self) -> bool:
         """Mark the group closed; tell whether it was so already."""
         was = self._lost == "it was closed"
         self._lost = "it was closed"
+        self._store = None
         return was
 
     def __enter__(self) -> Self:

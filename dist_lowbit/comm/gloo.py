@@ -81,7 +81,7 @@ class GlooGroup(BaseGroup):
 
     def __init__(self, rank: int, peers: Sequence[Peer], timeout: float, store: Any, address: str) -> None:
         super().__init__(rank, peers, timeout)
-        self._store = store
+        self._messages: Any = store
         self._address = address
         self._gloo: Any = _connect(rank, len(peers), timeout, store, address)
         self._calls = 0
@@ -99,6 +99,7 @@ class GlooGroup(BaseGroup):
 
     @classmethod
     def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> GlooGroup:
+        meeting.exchange(None)  # gloo would wait a long time for a rank that has died since, and not name it
         store = PrefixStore("gloo", meeting.store)
         return cls(meeting.info.rank, peers, timeout, store, _own_address(meeting.info))
 
@@ -106,7 +107,7 @@ class GlooGroup(BaseGroup):
         self._splits += 1
         if len(peers) == 1:
             return SingleGroup(self.timeout)
-        store = PrefixStore(f"split{self._splits}/{label}", self._store)
+        store = PrefixStore(f"split{self._splits}/{label}", self._messages)
         return GlooGroup(rank, peers, self.timeout, store, self._address)
 
     # ---- the primitives
@@ -227,25 +228,28 @@ class GlooGroup(BaseGroup):
         """Return what a rank wrote when it gave up. The store lives in rank 0 and may be gone with it."""
         try:
             key = f"left/{rank}"
-            return dict(json.loads(self._store.get(key))) if self._store.check([key]) else None
+            return dict(json.loads(self._messages.get(key))) if self._messages.check([key]) else None
         except RuntimeError as error:
             logger.debug("no note of rank %d: %s", rank, _first_line(error))
             return None
 
     def _leave(self) -> None:
         """Say why, then close the connections, so that nobody waits for this rank."""
+        patience = self._messages.timeout
+        self._messages.set_timeout(timedelta(seconds=NOTE_TIMEOUT))
         try:
-            self._store.set_timeout(timedelta(seconds=NOTE_TIMEOUT))
-            self._store.set(f"left/{self.rank}", json.dumps({"message": self._lost, "rank": self._culprit}))
+            self._messages.set(f"left/{self.rank}", json.dumps({"message": self._lost, "rank": self._culprit}))
         except RuntimeError as error:
             logger.debug("no note left: %s", _first_line(error))
+        finally:
+            self._messages.set_timeout(patience)
         self._gloo.abort()
 
     def close(self) -> None:
         if not self._closed():
             self._finalizer()
             self._gloo = None
-            self._store = None
+            self._messages = None
 
 
 def _connect(rank: int, size: int, timeout: float, store: Any, address: str) -> Any:

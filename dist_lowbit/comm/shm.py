@@ -23,7 +23,7 @@ from .single import SingleGroup
 from .tree import DTYPES, postfix
 
 MAX_RANKS = 16
-AGAIN, FAULT = 1, 2
+FAULT = 2  # enum dlb_shm_status; 0: done, 1: call again
 DEAD, SILENT, MISMATCH, CLOSED, LEFT = 1, 2, 3, 4, 5
 OPERATIONS = {1: "all_reduce", 2: "all_gather", 3: "broadcast", 4: "barrier"}
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}  # enum dlb_shm_dtype
@@ -156,26 +156,29 @@ class ShmGroup(BaseGroup):
         code = CODES[x.dtype]
         pointer, count = x.data_ptr(), x.numel()
         while status := self._library.dlb_shm_try_all_reduce(self.handle, pointer, count, code, timeout):
-            self._check(status, f"all_reduce of {count} {ELEMENTS[code]}", timeout)
+            self.check_status(status, f"all_reduce of {count} {ELEMENTS[code]}", timeout)
 
     def _all_gather(self, x: torch.Tensor, out: torch.Tensor, counts: list[int], timeout: float) -> None:
         own, result = x.data_ptr(), out.data_ptr()
         table = (c_uint64 * self.size)(*counts)
         while status := self._library.dlb_shm_try_all_gather(self.handle, own, result, table, timeout):
-            self._check(status, f"all_gather of {x.numel()} bytes", timeout)
+            self.check_status(status, f"all_gather of {x.numel()} bytes", timeout)
 
     def _broadcast(self, x: torch.Tensor, source: int, timeout: float) -> None:
         pointer, count = x.data_ptr(), x.numel()
         while status := self._library.dlb_shm_try_broadcast(self.handle, pointer, count, source, timeout):
-            self._check(status, f"broadcast of {count} bytes from rank {source}", timeout)
+            self.check_status(status, f"broadcast of {count} bytes from rank {source}", timeout)
 
     def _barrier(self, timeout: float) -> None:
         while status := self._library.dlb_shm_try_barrier(self.handle, timeout):
-            self._check(status, "barrier", timeout)
+            self.check_status(status, "barrier", timeout)
 
-    def _check(self, status: int, call: str, timeout: float) -> None:
-        """Return to wait on, or raise what ended the wait."""
-        if status == AGAIN:
+    def check_status(self, status: int, call: str, timeout: float) -> None:
+        """Raise the CommError behind a status that a dlb_shm function returned; return if it was OK or AGAIN.
+
+        Also for compiled code that calls dlb_shm_all_reduce with `handle`; `call` names it.
+        """
+        if status != FAULT:
             return
         fault = Fault()
         self._library.dlb_shm_fault(self.handle, byref(fault))

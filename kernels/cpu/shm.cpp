@@ -26,21 +26,21 @@
 namespace {
 
 constexpr size_t kLine = 64;
-constexpr size_t kChunk = 256 * 1024;     // bytes a rank publishes in one round: all of it stays in the L2 cache
-constexpr size_t kResult = kChunk / 2;    // the largest slice, that of two ranks
-constexpr size_t kSmall = 32 * 1024;      // up to here one round (each adds all) beats two (slices)
+constexpr size_t kChunk = 256 * 1024;   // bytes a rank publishes in one round: all of it stays in the L2 cache
+constexpr size_t kResult = kChunk / 2;  // the largest slice, that of two ranks
+constexpr size_t kSmall = 32 * 1024;    // up to here one round (each adds all) beats two (slices)
 constexpr size_t kControl = 4096;
 constexpr size_t kRegion = kControl + 2 * (kChunk + kResult);
-constexpr size_t kBlock = 512;            // floats added at a time: sources and temporaries fit the L1 cache
+constexpr size_t kBlock = 512;  // floats added at a time: sources and temporaries fit the L1 cache
 constexpr int kMaxRanks = DLB_SHM_MAX_RANKS;
 constexpr int kMaxProgram = 2 * kMaxRanks;
-constexpr int kMaxDepth = 8;              // 16 ranks need a stack of 5
-constexpr int kBytes = 3;                 // the "dtype" of calls that move bytes
+constexpr int kMaxDepth = 8;  // 16 ranks need a stack of 5
+constexpr int kBytes = 3;     // the "dtype" of calls that move bytes
 
 constexpr int64_t kMillisecond = 1000000;
-constexpr int64_t kSlice = 20 * kMillisecond;        // one sleep
-constexpr int64_t kLook = 50 * kMillisecond;         // between two looks at the peers' health
-constexpr int64_t kReturn = 100 * kMillisecond;      // after this the caller gets a chance to see its signals
+constexpr int64_t kSlice = 20 * kMillisecond;    // one sleep
+constexpr int64_t kLook = 50 * kMillisecond;     // between two looks at the peers' health
+constexpr int64_t kReturn = 100 * kMillisecond;  // after this the caller gets a chance to see its signals
 
 struct Header {
     uint64_t count;
@@ -69,13 +69,13 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free, "shared atomics");
 }  // namespace
 
 struct dlb_shm {
-    char *base;
+    char* base;
     size_t bytes;
     int rank;
     int size;
-    uint32_t round;       // the last round that this rank published
-    bool published;       // the current round is published and not yet read
-    size_t step;          // round within the call
+    uint32_t round;  // the last round that this rank published
+    bool published;  // the current round is published and not yet read
+    size_t step;     // round within the call
     int64_t waiting_since;
     int64_t looked;
     int spins;
@@ -97,21 +97,26 @@ int64_t now() {
     return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
 }
 
-void futex_wait(std::atomic<uint32_t> *word, uint32_t seen, int64_t nanoseconds) {
-    timespec t = {time_t(nanoseconds / 1000000000), long(nanoseconds % 1000000000)};
-    syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAIT, seen, &t, nullptr, 0);
+// memcpy does not take null, not even for nothing; empty tensors have null pointers.
+void copy(void* to, const void* from, size_t n) {
+    if (n) memcpy(to, from, n);
 }
 
-void futex_wake(std::atomic<uint32_t> *word) {
-    syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAKE, 1 << 30, nullptr, nullptr, 0);
+void futex_wait(std::atomic<uint32_t>* word, uint32_t seen, int64_t nanoseconds) {
+    timespec t = {time_t(nanoseconds / 1000000000), long(nanoseconds % 1000000000)};
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT, seen, &t, nullptr, 0);
+}
+
+void futex_wake(std::atomic<uint32_t>* word) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE, 1 << 30, nullptr, nullptr, 0);
 }
 
 // ---- arithmetic: tree sums in fp32 ----------------------------------------------------------------------------
 
 struct Arithmetic {
-    void (*add)(const float *a, const float *b, float *out, size_t n);
-    void (*widen[3])(const void *in, float *out, size_t n);
-    void (*narrow[3])(const float *in, void *out, size_t n);
+    void (*add)(const float* a, const float* b, float* out, size_t n);
+    void (*widen[3])(const void* in, float* out, size_t n);
+    void (*narrow[3])(const float* in, void* out, size_t n);
 };
 
 uint32_t bits(float x) {
@@ -153,24 +158,24 @@ uint16_t fp16_of(float x) {
     return uint16_t(sign | ((rounded - (112u << 23)) >> 13));
 }
 
-void add_plain(const float *a, const float *b, float *out, size_t n) {
+void add_plain(const float* a, const float* b, float* out, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
-void widen_bf16_plain(const void *in, float *out, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = value(uint32_t(static_cast<const uint16_t *>(in)[i]) << 16);
+void widen_bf16_plain(const void* in, float* out, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = value(uint32_t(static_cast<const uint16_t*>(in)[i]) << 16);
 }
 
-void narrow_bf16_plain(const float *in, void *out, size_t n) {
-    for (size_t i = 0; i < n; i++) static_cast<uint16_t *>(out)[i] = bf16_of(in[i]);
+void narrow_bf16_plain(const float* in, void* out, size_t n) {
+    for (size_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = bf16_of(in[i]);
 }
 
-void widen_fp16_plain(const void *in, float *out, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = fp16_value(static_cast<const uint16_t *>(in)[i]);
+void widen_fp16_plain(const void* in, float* out, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = fp16_value(static_cast<const uint16_t*>(in)[i]);
 }
 
-void narrow_fp16_plain(const float *in, void *out, size_t n) {
-    for (size_t i = 0; i < n; i++) static_cast<uint16_t *>(out)[i] = fp16_of(in[i]);
+void narrow_fp16_plain(const float* in, void* out, size_t n) {
+    for (size_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = fp16_of(in[i]);
 }
 
 const Arithmetic kPlain = {
@@ -181,7 +186,7 @@ const Arithmetic kPlain = {
 
 #define DLB_AVX2 __attribute__((target("avx2,f16c")))
 
-DLB_AVX2 void add_avx2(const float *a, const float *b, float *out, size_t n) {
+DLB_AVX2 void add_avx2(const float* a, const float* b, float* out, size_t n) {
     size_t i = 0;
     for (; i + 16 <= n; i += 16) {
         __m256 low = _mm256_add_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i));
@@ -192,19 +197,19 @@ DLB_AVX2 void add_avx2(const float *a, const float *b, float *out, size_t n) {
     for (; i < n; i++) out[i] = a[i] + b[i];
 }
 
-DLB_AVX2 void widen_bf16_avx2(const void *in, float *out, size_t n) {
-    const uint16_t *source = static_cast<const uint16_t *>(in);
+DLB_AVX2 void widen_bf16_avx2(const void* in, float* out, size_t n) {
+    const uint16_t* source = static_cast<const uint16_t*>(in);
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(source + i));
+        __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
         __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
         _mm256_storeu_ps(out + i, _mm256_castsi256_ps(wide));
     }
     widen_bf16_plain(source + i, out + i, n - i);
 }
 
-DLB_AVX2 void narrow_bf16_avx2(const float *in, void *out, size_t n) {
-    uint16_t *target = static_cast<uint16_t *>(out);
+DLB_AVX2 void narrow_bf16_avx2(const float* in, void* out, size_t n) {
+    uint16_t* target = static_cast<uint16_t*>(out);
     const __m256i one = _mm256_set1_epi32(1), bias = _mm256_set1_epi32(0x7fff), nan = _mm256_set1_epi32(0x7fc0);
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
@@ -215,25 +220,25 @@ DLB_AVX2 void narrow_bf16_avx2(const float *in, void *out, size_t n) {
         __m256i unordered = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
         rounded = _mm256_blendv_epi8(rounded, nan, unordered);
         __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(target + i), packed);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), packed);
     }
     narrow_bf16_plain(in + i, target + i, n - i);
 }
 
-DLB_AVX2 void widen_fp16_avx2(const void *in, float *out, size_t n) {
-    const uint16_t *source = static_cast<const uint16_t *>(in);
+DLB_AVX2 void widen_fp16_avx2(const void* in, float* out, size_t n) {
+    const uint16_t* source = static_cast<const uint16_t*>(in);
     size_t i = 0;
     for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(source + i))));
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
     widen_fp16_plain(source + i, out + i, n - i);
 }
 
-DLB_AVX2 void narrow_fp16_avx2(const float *in, void *out, size_t n) {
-    uint16_t *target = static_cast<uint16_t *>(out);
+DLB_AVX2 void narrow_fp16_avx2(const float* in, void* out, size_t n) {
+    uint16_t* target = static_cast<uint16_t*>(out);
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
         __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(target + i), half);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), half);
     }
     narrow_fp16_plain(in + i, target + i, n - i);
 }
@@ -244,7 +249,7 @@ const Arithmetic kAvx2 = {
     {nullptr, narrow_bf16_avx2, narrow_fp16_avx2},
 };
 
-const Arithmetic *arithmetic() {
+const Arithmetic* arithmetic() {
     static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
     return avx2 ? &kAvx2 : &kPlain;
 }
@@ -252,27 +257,27 @@ const Arithmetic *arithmetic() {
 size_t width(int dtype) { return dtype == DLB_SHM_FP32 ? 4 : 2; }
 
 // dst may be one of the sources: a block is read to its end before it is written.
-void tree_sum(const Arithmetic &math, const int8_t *program, int length, const void *const *sources, void *dst,
+void tree_sum(const Arithmetic& math, const int8_t* program, int length, const void* const* sources, void* dst,
               size_t count, int dtype) {
     alignas(kLine) float temporary[kMaxDepth][kBlock];
-    const float *stack[kMaxDepth];
+    const float* stack[kMaxDepth];
     const size_t element = width(dtype);
     const bool wide = dtype == DLB_SHM_FP32;
     for (size_t start = 0; start < count; start += kBlock) {
         const size_t n = count - start < kBlock ? count - start : kBlock;
-        char *target = static_cast<char *>(dst) + start * element;
+        char* target = static_cast<char*>(dst) + start * element;
         int depth = 0;
         for (int i = 0; i < length; i++) {
             if (program[i] < 0) {
                 depth--;
-                float *out = wide && i == length - 1 ? reinterpret_cast<float *>(target) : temporary[depth - 1];
+                float* out = wide && i == length - 1 ? reinterpret_cast<float*>(target) : temporary[depth - 1];
                 math.add(stack[depth - 1], stack[depth], out, n);
                 stack[depth - 1] = out;
                 continue;
             }
-            const char *source = static_cast<const char *>(sources[int(program[i])]) + start * element;
+            const char* source = static_cast<const char*>(sources[int(program[i])]) + start * element;
             if (wide) {
-                stack[depth] = reinterpret_cast<const float *>(source);
+                stack[depth] = reinterpret_cast<const float*>(source);
             } else {
                 math.widen[dtype](source, temporary[depth], n);
                 stack[depth] = temporary[depth];
@@ -285,23 +290,23 @@ void tree_sum(const Arithmetic &math, const int8_t *program, int length, const v
 
 // ---- rounds ---------------------------------------------------------------------------------------------------
 
-Control *control(const dlb_shm *g, int rank) { return reinterpret_cast<Control *>(g->base + size_t(rank) * kRegion); }
+Control* control(const dlb_shm* g, int rank) { return reinterpret_cast<Control*>(g->base + size_t(rank) * kRegion); }
 
-char *input(const dlb_shm *g, int rank, uint32_t round) {
+char* input(const dlb_shm* g, int rank, uint32_t round) {
     return g->base + size_t(rank) * kRegion + kControl + (round & 1) * kChunk;
 }
 
-char *result(const dlb_shm *g, int rank, uint32_t round) {
+char* result(const dlb_shm* g, int rank, uint32_t round) {
     return g->base + size_t(rank) * kRegion + kControl + 2 * kChunk + (round & 1) * kResult;
 }
 
 // A peer is at most one round ahead, so the difference is small and the numbers may wrap.
-bool reached(const dlb_shm *g, int rank) {
+bool reached(const dlb_shm* g, int rank) {
     return int32_t(control(g, rank)->published.load(std::memory_order_acquire) - g->round) >= 0;
 }
 
-void publish(dlb_shm *g, int op, int dtype, uint64_t count, int source) {
-    Control *own = control(g, g->rank);
+void publish(dlb_shm* g, int op, int dtype, uint64_t count, int source) {
+    Control* own = control(g, g->rank);
     const uint32_t round = ++g->round;
     own->headers[round & 1] = Header{count, round, uint8_t(op), uint8_t(dtype), int16_t(source)};
     // Sequentially consistent with the sleepers' count: either we see the sleeper or it sees our number.
@@ -311,8 +316,8 @@ void publish(dlb_shm *g, int op, int dtype, uint64_t count, int source) {
     g->waiting_since = 0;
 }
 
-int fail(dlb_shm *g, int kind, int rank, int reporter) {
-    Control *own = control(g, g->rank);
+int fail(dlb_shm* g, int kind, int rank, int reporter) {
+    Control* own = control(g, g->rank);
     g->failed = true;
     g->fault.kind = kind;
     g->fault.rank = rank;
@@ -325,7 +330,7 @@ int fail(dlb_shm *g, int kind, int rank, int reporter) {
 }
 
 // kill(pid, 0) succeeds on a zombie, a pidfd tells; without pidfds the state in /proc does.
-bool ended(const dlb_shm *g, int rank) {
+bool ended(const dlb_shm* g, int rank) {
     if (g->pidfds[rank] >= 0) {
         pollfd p = {g->pidfds[rank], POLLIN, 0};
         return poll(&p, 1, 0) == 1;
@@ -338,15 +343,15 @@ bool ended(const dlb_shm *g, int rank) {
     close(fd);
     if (n <= 0) return true;
     text[n] = 0;
-    const char *name_end = strrchr(text, ')');
+    const char* name_end = strrchr(text, ')');
     return name_end && (name_end[2] == 'Z' || name_end[2] == 'X');
 }
 
 // Look at the peers that are late; true if one of them will never come.
-bool anyone_gone(dlb_shm *g) {
+bool anyone_gone(dlb_shm* g) {
     for (int p = 0; p < g->size; p++) {
         if (p == g->rank || reached(g, p)) continue;
-        Control *peer = control(g, p);
+        Control* peer = control(g, p);
         const uint32_t state = peer->state.load(std::memory_order_acquire);
         const bool dead = ended(g, p);
         if (reached(g, p)) continue;  // it published and went between our two looks
@@ -363,8 +368,8 @@ bool anyone_gone(dlb_shm *g) {
     return false;
 }
 
-int sleep_for(dlb_shm *g, int p, double timeout) {
-    Control *peer = control(g, p);
+int sleep_for(dlb_shm* g, int p, double timeout) {
+    Control* peer = control(g, p);
     const int64_t entered = now();
     if (!g->waiting_since) g->waiting_since = g->looked = entered;
     for (;;) {
@@ -386,12 +391,12 @@ int sleep_for(dlb_shm *g, int p, double timeout) {
 
 // With fewer cores than ranks spinning only keeps the peer from running. Every mask is in place once all have
 // published their first round.
-void probe_cores(dlb_shm *g) {
+void probe_cores(dlb_shm* g) {
     cpu_set_t all;
     CPU_ZERO(&all);
     bool known = true;
     for (int p = 0; p < g->size; p++) {
-        const Control *peer = control(g, p);
+        const Control* peer = control(g, p);
         known = known && peer->cpus_known;
         CPU_OR(&all, &all, &peer->cpus);
     }
@@ -404,7 +409,7 @@ void probe_cores(dlb_shm *g) {
 
 // Wait until every rank has published the current round, and check that all make the same call. `expected` has the
 // count of each rank where these may differ.
-int wait_all(dlb_shm *g, const uint64_t *expected, double timeout) {
+int wait_all(dlb_shm* g, const uint64_t* expected, double timeout) {
     for (int i = 1; i < g->size; i++) {
         const int p = (g->rank + i) % g->size;
         bool here = reached(g, p);
@@ -420,7 +425,7 @@ int wait_all(dlb_shm *g, const uint64_t *expected, double timeout) {
         const int status = sleep_for(g, p, timeout);
         if (status != DLB_SHM_OK) return status;
     }
-    const Header &own = control(g, g->rank)->headers[g->round & 1];
+    const Header& own = control(g, g->rank)->headers[g->round & 1];
     for (int p = 0; p < g->size; p++) {
         const Header theirs = control(g, p)->headers[g->round & 1];
         const uint64_t count = expected ? expected[p] : own.count;
@@ -437,7 +442,7 @@ int wait_all(dlb_shm *g, const uint64_t *expected, double timeout) {
     return DLB_SHM_OK;
 }
 
-int finish(dlb_shm *g) {
+int finish(dlb_shm* g) {
     g->step = 0;
     return DLB_SHM_OK;
 }
@@ -446,56 +451,56 @@ size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 // ---- all-reduce -----------------------------------------------------------------------------------------------
 
-int reduce_small(dlb_shm *g, char *data, size_t count, int dtype, double timeout) {
+int reduce_small(dlb_shm* g, char* data, size_t count, int dtype, double timeout) {
     if (!g->published) {
-        memcpy(input(g, g->rank, g->round + 1), data, count * width(dtype));
+        copy(input(g, g->rank, g->round + 1), data, count * width(dtype));
         publish(g, DLB_SHM_ALL_REDUCE, dtype, count, 0);
     }
     const int status = wait_all(g, nullptr, timeout);
     if (status != DLB_SHM_OK) return status;
-    const void *sources[kMaxRanks];
+    const void* sources[kMaxRanks];
     for (int p = 0; p < g->size; p++) sources[p] = p == g->rank ? data : input(g, p, g->round);
     tree_sum(*arithmetic(), g->program, g->program_length, sources, data, count, dtype);
     return finish(g);
 }
 
 // Slices are cut at cache lines.
-size_t slice_start(const dlb_shm *g, int rank, size_t bytes) {
+size_t slice_start(const dlb_shm* g, int rank, size_t bytes) {
     const size_t lines = (bytes + kLine - 1) / kLine;
     return least(bytes, lines * size_t(rank) / size_t(g->size) * kLine);
 }
 
-void put_slices(dlb_shm *g, const char *chunk, size_t bytes) {
-    char *out = input(g, g->rank, g->round + 1);
+void put_slices(dlb_shm* g, const char* chunk, size_t bytes) {
+    char* out = input(g, g->rank, g->round + 1);
     const size_t start = slice_start(g, g->rank, bytes), stop = slice_start(g, g->rank + 1, bytes);
-    memcpy(out, chunk, start);
-    memcpy(out + stop, chunk + stop, bytes - stop);
+    copy(out, chunk, start);
+    copy(out + stop, chunk + stop, bytes - stop);
 }
 
-void get_slices(dlb_shm *g, char *chunk, size_t bytes) {
+void get_slices(dlb_shm* g, char* chunk, size_t bytes) {
     for (int i = 1; i < g->size; i++) {
         const int p = (g->rank + i) % g->size;
         const size_t start = slice_start(g, p, bytes), stop = slice_start(g, p + 1, bytes);
-        memcpy(chunk + start, result(g, p, g->round), stop - start);
+        copy(chunk + start, result(g, p, g->round), stop - start);
     }
 }
 
 // The sum of this rank's slice is published with the next round, hence the next round's buffer.
-void add_slice(dlb_shm *g, char *chunk, size_t bytes, int dtype) {
+void add_slice(dlb_shm* g, char* chunk, size_t bytes, int dtype) {
     const size_t start = slice_start(g, g->rank, bytes), stop = slice_start(g, g->rank + 1, bytes);
-    const void *sources[kMaxRanks];
+    const void* sources[kMaxRanks];
     for (int p = 0; p < g->size; p++) sources[p] = (p == g->rank ? chunk : input(g, p, g->round)) + start;
-    char *out = result(g, g->rank, g->round + 1);
+    char* out = result(g, g->rank, g->round + 1);
     tree_sum(*arithmetic(), g->program, g->program_length, sources, out, (stop - start) / width(dtype), dtype);
-    memcpy(chunk + start, out, stop - start);
+    copy(chunk + start, out, stop - start);
 }
 
 // Chunk k travels in round k and its sum in round k + 1, together with chunk k + 1.
-int reduce_large(dlb_shm *g, char *data, size_t count, int dtype, double timeout) {
+int reduce_large(dlb_shm* g, char* data, size_t count, int dtype, double timeout) {
     const size_t bytes = count * width(dtype), chunks = (bytes + kChunk - 1) / kChunk;
     for (;; g->step++) {
         const size_t k = g->step;
-        char *chunk = data + k * kChunk;
+        char* chunk = data + k * kChunk;
         if (!g->published) {
             if (k < chunks) put_slices(g, chunk, least(kChunk, bytes - k * kChunk));
             publish(g, DLB_SHM_ALL_REDUCE, dtype, count, 0);
@@ -514,25 +519,25 @@ extern "C" {
 
 uint64_t dlb_shm_region_bytes(void) { return kRegion; }
 
-dlb_shm *dlb_shm_attach(int fd, int rank, int size, const int32_t *pids, const int32_t *pidfds, const int8_t *program,
-                        int program_length, int *error) {
+dlb_shm* dlb_shm_attach(int fd, int rank, int size, const int32_t* pids, const int32_t* pidfds, const int8_t* program,
+                        int program_length, int* error) {
     *error = EINVAL;
     if (size < 2 || size > kMaxRanks || rank < 0 || rank >= size || program_length > kMaxProgram) return nullptr;
     const size_t bytes = size_t(size) * kRegion;
     struct stat status;
     if (fstat(fd, &status) != 0 || size_t(status.st_size) < bytes) return nullptr;
-    void *base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (base == MAP_FAILED) {
         *error = errno;
         return nullptr;
     }
-    dlb_shm *g = new (std::nothrow) dlb_shm();
+    dlb_shm* g = new (std::nothrow) dlb_shm();
     if (!g) {
         munmap(base, bytes);
         *error = ENOMEM;
         return nullptr;
     }
-    g->base = static_cast<char *>(base);
+    g->base = static_cast<char*>(base);
     g->bytes = bytes;
     g->rank = rank;
     g->size = size;
@@ -542,29 +547,29 @@ dlb_shm *dlb_shm_attach(int fd, int rank, int size, const int32_t *pids, const i
         g->pids[p] = pids[p];
         g->pidfds[p] = pidfds[p];
     }
-    memcpy(g->program, program, size_t(program_length));
+    copy(g->program, program, size_t(program_length));
     g->program_length = program_length;
-    Control *own = control(g, rank);
+    Control* own = control(g, rank);
     own->cpus_known = sched_getaffinity(0, sizeof own->cpus, &own->cpus) == 0;
     *error = 0;
     return g;
 }
 
-int dlb_shm_try_all_reduce(dlb_shm *g, void *data, size_t count, int dtype, double timeout) {
+int dlb_shm_try_all_reduce(dlb_shm* g, void* data, size_t count, int dtype, double timeout) {
     if (g->failed) return DLB_SHM_FAULT;
-    char *bytes = static_cast<char *>(data);
+    char* bytes = static_cast<char*>(data);
     return count * width(dtype) <= kSmall ? reduce_small(g, bytes, count, dtype, timeout)
                                           : reduce_large(g, bytes, count, dtype, timeout);
 }
 
-int dlb_shm_all_reduce(dlb_shm *g, float *data, size_t count, double timeout) {
+int dlb_shm_all_reduce(dlb_shm* g, float* data, size_t count, double timeout) {
     int status;
     do status = dlb_shm_try_all_reduce(g, data, count, DLB_SHM_FP32, timeout);
     while (status == DLB_SHM_AGAIN);
     return status;
 }
 
-int dlb_shm_try_all_gather(dlb_shm *g, const void *own, void *out, const uint64_t *bytes, double timeout) {
+int dlb_shm_try_all_gather(dlb_shm* g, const void* own, void* out, const uint64_t* bytes, double timeout) {
     if (g->failed) return DLB_SHM_FAULT;
     uint64_t most = 0;
     for (int p = 0; p < g->size; p++) most = bytes[p] > most ? bytes[p] : most;
@@ -573,51 +578,51 @@ int dlb_shm_try_all_gather(dlb_shm *g, const void *own, void *out, const uint64_
         if (!g->published) {
             const uint64_t mine = bytes[g->rank];
             if (start < mine) {
-                const char *from = static_cast<const char *>(own) + start;
-                memcpy(input(g, g->rank, g->round + 1), from, least(kChunk, mine - start));
+                const char* from = static_cast<const char*>(own) + start;
+                copy(input(g, g->rank, g->round + 1), from, least(kChunk, mine - start));
             }
             publish(g, DLB_SHM_ALL_GATHER, kBytes, mine, 0);
         }
         const int status = wait_all(g, bytes, timeout);
         if (status != DLB_SHM_OK) return status;
-        char *to = static_cast<char *>(out) + start;
+        char* to = static_cast<char*>(out) + start;
         for (int p = 0; p < g->size; to += bytes[p], p++)
-            if (start < bytes[p]) memcpy(to, input(g, p, g->round), least(kChunk, bytes[p] - start));
+            if (start < bytes[p]) copy(to, input(g, p, g->round), least(kChunk, bytes[p] - start));
         if (start + kChunk >= most) return finish(g);
     }
 }
 
-int dlb_shm_try_broadcast(dlb_shm *g, void *data, uint64_t bytes, int source, double timeout) {
+int dlb_shm_try_broadcast(dlb_shm* g, void* data, uint64_t bytes, int source, double timeout) {
     if (g->failed) return DLB_SHM_FAULT;
     for (;; g->step++) {
         const uint64_t start = g->step * kChunk, n = least(kChunk, bytes - start);
-        char *part = static_cast<char *>(data) + start;
+        char* part = static_cast<char*>(data) + start;
         if (!g->published) {
-            if (g->rank == source) memcpy(input(g, source, g->round + 1), part, n);
+            if (g->rank == source) copy(input(g, source, g->round + 1), part, n);
             publish(g, DLB_SHM_BROADCAST, kBytes, bytes, source);
         }
         const int status = wait_all(g, nullptr, timeout);
         if (status != DLB_SHM_OK) return status;
-        if (g->rank != source) memcpy(part, input(g, source, g->round), n);
+        if (g->rank != source) copy(part, input(g, source, g->round), n);
         if (start + kChunk >= bytes) return finish(g);
     }
 }
 
-int dlb_shm_try_barrier(dlb_shm *g, double timeout) {
+int dlb_shm_try_barrier(dlb_shm* g, double timeout) {
     if (g->failed) return DLB_SHM_FAULT;
     if (!g->published) publish(g, DLB_SHM_BARRIER, kBytes, 0, 0);
     const int status = wait_all(g, nullptr, timeout);
     return status == DLB_SHM_OK ? finish(g) : status;
 }
 
-void dlb_shm_fault(const dlb_shm *g, dlb_shm_fault_info *info) { *info = g->fault; }
+void dlb_shm_fault(const dlb_shm* g, dlb_shm_fault_info* info) { *info = g->fault; }
 
-void dlb_shm_leave(dlb_shm *g) {
+void dlb_shm_leave(dlb_shm* g) {
     if (!g->failed) fail(g, DLB_SHM_LEFT, g->rank, g->rank);
 }
 
-void dlb_shm_close(dlb_shm *g) {
-    Control *own = control(g, g->rank);
+void dlb_shm_close(dlb_shm* g) {
+    Control* own = control(g, g->rank);
     uint32_t running = kRunning;
     own->state.compare_exchange_strong(running, kClosed);
     futex_wake(&own->published);
@@ -627,7 +632,7 @@ void dlb_shm_close(dlb_shm *g) {
     delete g;
 }
 
-void dlb_shm_tree_sum(const int8_t *program, int program_length, const void *const *sources, void *dst, size_t count,
+void dlb_shm_tree_sum(const int8_t* program, int program_length, const void* const* sources, void* dst, size_t count,
                       int dtype, int scalar) {
     tree_sum(scalar ? kPlain : *arithmetic(), program, program_length, sources, dst, count, dtype);
 }

@@ -52,29 +52,29 @@ DLB_SHM_API uint64_t dlb_shm_region_bytes(void);
 // size * dlb_shm_region_bytes() long and zero. pids and pidfds have one entry per rank (pidfd -1: none, then
 // /proc is asked); the handle takes the pidfds over. `program` is the order of summation in postfix: a rank's
 // number, or -1 for "add the last two".
-DLB_SHM_API dlb_shm *dlb_shm_attach(int fd, int rank, int size, const int32_t *pids, const int32_t *pidfds,
-                                    const int8_t *program, int program_length, int *error);
+DLB_SHM_API dlb_shm* dlb_shm_attach(int fd, int rank, int size, const int32_t* pids, const int32_t* pidfds,
+                                    const int8_t* program, int program_length, int* error);
 
 // The collectives, resumable: they return DLB_SHM_AGAIN after about 100 ms of waiting. `timeout` (seconds) bounds
 // the silence of a peer, not the call.
-DLB_SHM_API int dlb_shm_try_all_reduce(dlb_shm *group, void *data, size_t count, int dtype, double timeout);
-DLB_SHM_API int dlb_shm_try_all_gather(dlb_shm *group, const void *own, void *out, const uint64_t *bytes,
+DLB_SHM_API int dlb_shm_try_all_reduce(dlb_shm* group, void* data, size_t count, int dtype, double timeout);
+DLB_SHM_API int dlb_shm_try_all_gather(dlb_shm* group, const void* own, void* out, const uint64_t* bytes,
                                        double timeout);
-DLB_SHM_API int dlb_shm_try_broadcast(dlb_shm *group, void *data, uint64_t bytes, int source, double timeout);
-DLB_SHM_API int dlb_shm_try_barrier(dlb_shm *group, double timeout);
+DLB_SHM_API int dlb_shm_try_broadcast(dlb_shm* group, void* data, uint64_t bytes, int source, double timeout);
+DLB_SHM_API int dlb_shm_try_barrier(dlb_shm* group, double timeout);
 
 // Sum data[0, count) over all ranks in place and return when it is done: DLB_SHM_OK or DLB_SHM_FAULT.
-DLB_SHM_API int dlb_shm_all_reduce(dlb_shm *group, float *data, size_t count, double timeout);
+DLB_SHM_API int dlb_shm_all_reduce(dlb_shm* group, float* data, size_t count, double timeout);
 
-DLB_SHM_API void dlb_shm_fault(const dlb_shm *group, dlb_shm_fault_info *info);
+DLB_SHM_API void dlb_shm_fault(const dlb_shm* group, dlb_shm_fault_info* info);
 
 // Give the group up in the middle of a call, so that the peers do not wait for the timeout.
-DLB_SHM_API void dlb_shm_leave(dlb_shm *group);
+DLB_SHM_API void dlb_shm_leave(dlb_shm* group);
 
 // Tell the peers, unmap, close the pidfds and free the handle.
-DLB_SHM_API void dlb_shm_close(dlb_shm *group);
+DLB_SHM_API void dlb_shm_close(dlb_shm* group);
 
 // The reduction alone, for tests: dst = sum of the sources in the program's order; `scalar` keeps to baseline code.
-DLB_SHM_API void dlb_shm_tree_sum(const int8_t *program, int program_length, const void *const *sources, void *dst,
+DLB_SHM_API void dlb_shm_tree_sum(const int8_t* program, int program_length, const void* const* sources, void* dst,
                                   size_t count, int dtype, int scalar);
 }
