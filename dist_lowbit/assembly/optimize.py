@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dist_lowbit.comm import Group, SingleGroup
 from dist_lowbit.core.errors import UsageError
+from dist_lowbit.core.log import logger
 from dist_lowbit.core.settings import settings
 from dist_lowbit.formats import Format
 from dist_lowbit.formats.packed import BLOCK, summation_block
@@ -73,7 +74,10 @@ def transposed_linears(model: nn.Module) -> set[str]:
 
 def excluded(model: nn.Module, recipe: Recipe) -> frozenset[str]:
     """Return the Linears that a recipe leaves in high precision."""
-    return frozenset(name for name in linears(model) if recipe.format_for(name) is None)
+    names = linears(model)
+    for pattern in recipe.unused(names):
+        logger.warning("modules_to_not_convert: %r matches no Linear of this model", pattern)
+    return frozenset(name for name in names if recipe.keeps(name))
 
 
 def optimize(
