@@ -47,7 +47,7 @@ def attention_mask(
 
     Called by transformers with the arguments of its `sdpa_mask`; `attention_mask` is the bool [B, tokens] padding mask.
     """
-    mask = sdpa_mask(
+    mask: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         attention_mask=attention_mask, **rest,
     )  # fmt: skip

@@ -68,7 +68,8 @@ def tanh_poly(x: torch.Tensor) -> torch.Tensor:
 def lane_sum(x: torch.Tensor) -> torch.Tensor:
     """Sum the last axis in 16 lanes (element i to lane i mod 16, in sequence), then the lanes by `lane_tree`."""
     pad = -x.shape[-1] % LANES
-    parts = torch.nn.functional.pad(x, (0, pad)).unflatten(-1, (-1, LANES))
+    parts = torch.nn.functional.pad(x, (0, pad))
+    parts = parts.reshape(*x.shape[:-1], parts.shape[-1] // LANES, LANES)
     lane = torch.zeros_like(parts[..., 0, :])
     for t in range(parts.shape[-2]):
         lane = lane + parts[..., t, :]

@@ -110,10 +110,13 @@ def test_the_definition_is_attention(kind: str, rows: int, slots: int, dim: int)
     assert float((_reference(q, k, v, index, dim**-0.5, **options) - exact).abs().max()) <= bound
 
 
-@pytest.mark.parametrize("dtype", list(_KV_TYPES), ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=[] if d == torch.float32 else pytest.mark.slow, id=str(d)) for d in _KV_TYPES]
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "slots", "dim"), SIZES)
 def test_cpp_has_the_bits_of_the_definition(kind: str, rows: int, slots: int, dim: int, dtype: torch.dtype) -> None:
+    library()
     torch.manual_seed(1)
     index = _index(list(MAPS)[(rows + slots + dim) % len(MAPS)])
     q, k, v = _qkv(2, index, rows, slots, dim, dtype, dim + 4)
