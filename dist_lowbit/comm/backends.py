@@ -41,6 +41,15 @@ def _refusal(name: str, facts: list[Json], near: bool) -> str | None:
     return None
 
 
+def _check_worlds(facts: list[Json], info: RankInfo) -> None:
+    for rank, fact in enumerate(facts):
+        if fact["world_size"] != info.world_size:
+            raise UsageError(
+                f"rank {rank} was started in a world of {fact['world_size']} and rank {info.rank} in one of "
+                f"{info.world_size}; start all ranks with one launcher"
+            )
+
+
 def _choose(facts: list[Json], near: bool, rank: int) -> str:
     """Return the backend's name: the same on every rank, since all decide from the same facts."""
     asked = [fact["backend"] for fact in facts]
@@ -85,16 +94,25 @@ def init_group(
     limit = settings().timeout if timeout is None else timeout
     if info.world_size == 1:
         return SingleGroup(limit)
-    facts = {"peer": to_json(myself(info.rank)), "why_not": why_not(info), "backend": name}
+    facts = {
+        "world_size": info.world_size,
+        "peer": to_json(myself(info.rank)),
+        "why_not": why_not(info),
+        "backend": name,
+    }
     meeting, answers = meet(info, limit, prefix, facts, store)
     peers = [from_json(answer["peer"], rank) for rank, answer in enumerate(answers)]
-    chosen = BACKENDS[_choose(answers, one_machine(peers), info.rank)]
+    group: BaseGroup | None = None
     with meeting.watching(peers):
-        group = chosen.connect(meeting, peers, limit)
         try:
+            _check_worlds(answers, info)
+            chosen = BACKENDS[_choose(answers, one_machine(peers), info.rank)]
+            group = chosen.connect(meeting, peers, limit)
             meeting.part()
         except BaseException:
-            group.close()
+            if group is not None:
+                group.close()
+            meeting.leave()
             raise
     group.hold(meeting.store)
     return group

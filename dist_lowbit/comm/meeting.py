@@ -13,13 +13,26 @@ from datetime import timedelta
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from dist_lowbit.core.errors import CommError, UsageError
+from dist_lowbit.core.errors import CommError
+from dist_lowbit.core.log import logger
 from dist_lowbit.core.rank import LOOPBACK, RankInfo
 
 from .group import Json
 from .peers import Peer, has_ended, open_pidfd
 
+LEAVING = 2.0  # seconds
 Exchange = Callable[[Json], list[Json]]  # one value from each rank, on each rank; all call it together
+
+
+class ConnectionLost(CommError):
+    """The store went away: its host, rank 0, has ended or given up."""
+
+    def __init__(self, info: RankInfo) -> None:
+        super().__init__(
+            f"rank {info.rank} lost the connection to rank 0 at {info.master_addr}:{info.master_port} while the group "
+            "formed; rank 0's own message tells why",
+            0,
+        )
 
 
 class Meeting:
@@ -35,15 +48,37 @@ class Meeting:
     def exchange(self, value: Json) -> list[Json]:
         """Return every rank's value; a rank that does not come within the timeout is a CommError naming it."""
         self._round += 1
-        keys = self._announce(str(self._round), json.dumps(value))
-        self._wait(keys)
-        return [json.loads(self.store.get(key)) for key in keys]
+        try:
+            keys = self._announce(str(self._round), json.dumps(value))
+            self._wait(keys)
+            return [json.loads(self.store.get(key)) for key in keys]
+        except DistNetworkError as error:
+            raise ConnectionLost(self.info) from error
 
     def part(self) -> None:
         """End the meeting. Rank 0, which may host the store, returns only when the others have read all they need."""
-        keys = self._announce("parted", "")
-        if self.info.rank == 0:
-            self._wait(keys)
+        try:
+            keys = self._announce("parted", "")
+            if self.info.rank == 0:
+                self._wait(keys)
+        except DistNetworkError as error:
+            raise ConnectionLost(self.info) from error
+
+    def leave(self) -> None:
+        """End a failed meeting. Rank 0 gives the living others a moment to read what went wrong."""
+        try:
+            keys = self._announce("parted", "")
+            deadline = time.monotonic() + LEAVING
+            while self.info.rank == 0 and time.monotonic() < deadline:
+                late = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+                if all(self._is_dead(rank) for rank in late):
+                    break
+                time.sleep(0.005)
+        except DistNetworkError as error:
+            logger.debug("the meeting is over already: %s", error)
+
+    def _is_dead(self, rank: int) -> bool:
+        return self._pidfds.get(rank, -1) >= 0 and has_ended(self._pidfds[rank])
 
     @contextmanager
     def watching(self, peers: Sequence[Peer]) -> Iterator[None]:
@@ -70,7 +105,7 @@ class Meeting:
         pause = 0.001
         while not self.store.check(keys):
             late = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-            dead = [rank for rank in late if self._pidfds.get(rank, -1) >= 0 and has_ended(self._pidfds[rank])]
+            dead = [rank for rank in late if self._is_dead(rank)]
             if dead and not self.store.check([keys[dead[0]]]):
                 raise CommError(f"rank {dead[0]} has died while the group formed", dead[0])
             if late and time.monotonic() > deadline:
@@ -142,16 +177,8 @@ def meet(
             name = f"dist_lowbit/{prefix}/{info.attempt}"
             arrival = base.add(f"{name}/arrivals", 1) - 1
             meeting = Meeting(PrefixStore(f"{name}/{arrival // info.world_size}", base), info, timeout)
-            answers = meeting.exchange({"world_size": info.world_size, "facts": facts})
-            break
-        except DistNetworkError as error:
+            return meeting, meeting.exchange(facts)
+        except (DistNetworkError, ConnectionLost) as error:
             # Rank 0 may just be closing the store of an earlier group: meet again at its next one.
             if hosting or store is not None or time.monotonic() > deadline:
-                raise CommError(f"rank {info.rank} lost the connection to rank 0 while the group formed", 0) from error
-    for rank, answer in enumerate(answers):
-        if answer["world_size"] != info.world_size:
-            raise UsageError(
-                f"rank {rank} was started in a world of {answer['world_size']} and rank {info.rank} in one of "
-                f"{info.world_size}; start all ranks with one launcher"
-            )
-    return meeting, [answer["facts"] for answer in answers]
+                raise ConnectionLost(info) from error

@@ -383,7 +383,7 @@ def idle(job: Job) -> float:
 def disagree(job: Job) -> str:
     """Rank-dependent arguments of init_group."""
     try:
-        init_group(job.args["backends"][job.rank], timeout=job.args.get("timeout", 5))
+        init_group(job.args["backends"][job.rank], timeout=job.args.get("timeout", 20))
     except (CommError, UsageError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -395,9 +395,8 @@ def dies_forming(job: Job) -> str:
 
     if job.rank == 1:
         info = current()
-        store = meeting._join(info, 5)
-        facts = {"peer": to_json(myself(1)), "why_not": why_not(info), "backend": job.args["backend"]}
-        meeting.meet(info, 5, "world", facts, store)
+        facts = {"world_size": 3, "peer": to_json(myself(1)), "why_not": why_not(info), "backend": job.args["backend"]}
+        meeting.meet(info, 20, "world", facts)
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         init_group(job.args["backend"], timeout=10)
