@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from dist_lowbit.checkpoint import FileRecord, TensorSource, commit, discard, is_checkpoint, shard_names
+from dist_lowbit.checkpoint import FileRecord, TensorSource, commit, discard, shard_names
 from dist_lowbit.comm import SingleGroup
-from dist_lowbit.core.errors import CheckpointError, UsageError
+from dist_lowbit.core.errors import CheckpointError
 from dist_lowbit.formats import lookup
 from dist_lowbit.formats.packed import summation_block
 from dist_lowbit.parallel.split import whole
@@ -18,6 +18,7 @@ from dist_lowbit.quantize import Recipe
 from .build import LowBitState
 from .hf_files import check_target, write_hf_files
 from .optimize import embeddings, form_under
+from .paths import check_conversion
 from .save import Item, Piece, metadata_of, tensor_item, weight_item, write_items
 from .skeleton import class_of, empty_model, read_config
 from .source import missing, source_target, source_weights
@@ -30,12 +31,7 @@ def convert(source_dir: Path, directory: Path, recipe: Recipe, tp: int, *, trust
     Reads each tensor once; peak memory is a few tensors, whatever the model's size. The directory is committed as
     a whole or not at all.
     """
-    if tp < 1:
-        raise UsageError(f"--tp is {tp}; expected at least 1")
-    if is_checkpoint(source_dir):
-        raise UsageError(f"{source_dir} is already a low-bit checkpoint; give the original model to convert")
-    if source_dir.resolve() == directory.resolve():
-        raise UsageError(f"{directory} is the model itself; choose another directory for the checkpoint")
+    check_conversion(source_dir, directory, tp)
     config = read_config(source_dir, trust_remote_code)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     model = empty_model(class_of(config), config, source_dir, **remote)

@@ -10,13 +10,11 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
-from dist_lowbit.checkpoint import is_checkpoint
-from dist_lowbit.core.errors import UsageError
 from dist_lowbit.quantize import Recipe
 
+from .paths import STUB, refuse_target
+
 QUANT_METHOD = "dist_lowbit"
-# transformers refuses a directory without one of its weight files; this one holds no tensor.
-STUB = "model.safetensors"
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,21 +33,7 @@ _TOKENIZER_FILES = (
 
 def check_target(directory: Path) -> None:
     """Create a directory to save into; one that holds another model's weights is a UsageError."""
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} is a file; expected a directory to save into")
-    if directory.is_dir() and not is_checkpoint(directory):
-        foreign = [
-            path.name
-            for path in sorted(directory.iterdir())
-            if path.suffix in (".safetensors", ".bin") and not path.name.startswith("lowbit-") and path.name != STUB
-        ]
-        stub = directory / STUB
-        if stub.is_file() and stub.stat().st_size > 4096:
-            foreign.append(STUB)
-        if foreign:
-            raise UsageError(
-                f"{directory} holds another model's weights ({foreign[0]}); choose an empty directory to save into"
-            )
+    refuse_target(directory)
     directory.mkdir(parents=True, exist_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -13,10 +14,10 @@ from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.log import logger
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
-_PATTERNS = {
-    "config": ["*.json", "*.py", "*.txt", "*.model", "*.jinja"],
-    "all": ["*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.bin"],
-}
+_SMALL = ["*.json", "*.py", "*.txt", "*.model", "*.jinja"]
+# Copies of the weights that transformers does not read.
+_IGNORED = ["*/*.safetensors", "*/*.bin", "consolidated*"]
+_PATIENCE_S = 5.0  # how often a rank that downloads tells the others that it is alive
 
 
 def resolve(model: str, revision: str | None = None, files: str = "all") -> Path:
@@ -33,7 +34,7 @@ def resolve(model: str, revision: str | None = None, files: str = "all") -> Path
     if not _HUB_ID.fullmatch(model) or model.startswith((".", "/", "~")):
         raise UsageError(f"{model} does not exist; expected a model directory or a hub id")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS[files]))
+        return _download(model, revision, weights=files == "all")
     except LocalEntryNotFoundError as error:
         raise UsageError(
             f"{model} is no local directory, and it is not in the hub's cache and cannot be downloaded from here; "
@@ -47,20 +48,45 @@ def resolve(model: str, revision: str | None = None, files: str = "all") -> Path
         raise UsageError(f"cannot download {model}: {str(error).splitlines()[0]}") from error
 
 
+def _download(model: str, revision: str | None, weights: bool) -> Path:
+    wanted = [*_SMALL, *(["*.safetensors"] if weights else [])]
+    path = Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=_IGNORED))
+    if weights and not any(path.glob("*.safetensors")):  # old repositories hold their weights as .bin only
+        wanted = [*_SMALL, "*.bin"]
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=_IGNORED))
+    return path
+
+
 def resolve_together(model: str, group: Group, local_rank: int, revision: str | None = None) -> Path:
-    """Resolve a model on every rank, downloading once per host. All ranks of the group must call together."""
-    if group.size == 1 or Path(model).expanduser().exists():
+    """Resolve a model on every rank, downloading once per host. All ranks of the group must call together.
+
+    A download may take hours: meanwhile the ranks keep telling each other that they are alive.
+    """
+    if group.size == 1 or all(group.gather_object(Path(model).expanduser().exists())):
         return resolve(model, revision)
-    if local_rank == 0:
-        failure = None
-        try:
-            path = resolve(model, revision)
-        except UsageError as error:
-            failure = str(error)
-    else:
-        logger.warning("waiting for rank 0 of this host to have %s", model)
-        failure = None
-    first = next((text for text in group.gather_object(failure) if text), None)
-    if first:
-        raise UsageError(first)
-    return path if local_rank == 0 else resolve(model, revision)
+    if local_rank != 0:
+        logger.warning("waiting for the first rank of this host to have %s", model)
+        _await(group, None)
+        return resolve(model, revision)
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(resolve, model, revision)
+        _await(group, work)
+        return work.result()
+
+
+def _await(group: Group, work: Future[Path] | None) -> None:
+    """Return when the work of every rank is done; the first UsageError of any is raised on all."""
+    while True:
+        failure, done = None, work is None
+        if work is not None:
+            done = bool(wait([work], _PATIENCE_S).done)
+            if done and (error := work.exception()) is not None:
+                if not isinstance(error, UsageError):
+                    raise error
+                failure = str(error)
+        told = group.gather_object({"done": done, "failure": failure})
+        first = next((item["failure"] for item in told if item["failure"]), None)
+        if first is not None:
+            raise UsageError(first)
+        if all(item["done"] for item in told):
+            return

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dist_lowbit.checkpoint import is_checkpoint
 from dist_lowbit.core.errors import UsageError
+
+# transformers refuses a directory without one of its weight files; this one holds no tensor.
+STUB = "model.safetensors"
 
 
 def require_checkpoint(path: str | Path) -> Path:
@@ -20,3 +24,39 @@ def require_checkpoint(path: str | Path) -> Path:
             f"make one with dist-lowbit convert, or with optimize_model and save_low_bit"
         )
     return path
+
+
+def refuse_target(directory: Path) -> None:
+    """Refuse to save into a file, a directory that cannot be written, or one with another model's weights."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{there} is a file; expected a directory to save into")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        raise UsageError(f"cannot save into {directory}: {there} is not writable")
+    if not directory.is_dir() or is_checkpoint(directory):
+        return
+    foreign = [
+        path.name
+        for path in sorted(directory.iterdir())
+        if path.suffix in (".safetensors", ".bin") and not path.name.startswith("lowbit-") and path.name != STUB
+    ]
+    stub = directory / STUB
+    if stub.is_file() and stub.stat().st_size > 4096:
+        foreign.append(STUB)
+    if foreign:
+        raise UsageError(
+            f"{directory} holds another model's weights ({foreign[0]}); choose an empty directory to save into"
+        )
+
+
+def check_conversion(source: Path, directory: Path, tp: int) -> None:
+    """Refuse a conversion that cannot work, as far as paths and numbers tell. A hub id is no path yet: it passes."""
+    if tp < 1:
+        raise UsageError(f"--tp is {tp}; expected at least 1")
+    if is_checkpoint(source):
+        raise UsageError(f"{source} is already a low-bit checkpoint; give the original model to convert")
+    if source.is_dir() and not (source / "config.json").is_file():
+        raise UsageError(f"{source} holds no config.json, so it is no model directory")
+    if source.is_dir() and directory.is_dir() and source.samefile(directory):
+        raise UsageError(f"{directory} is the model itself; choose another directory for the checkpoint")
+    refuse_target(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
 from dist_lowbit.core.errors import UsageError
 
@@ -37,6 +38,7 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{directory} holds no config.json, so it is no model directory")
+    _check_code(directory, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
@@ -44,6 +46,22 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _check_code(directory: Path, trusted: bool) -> None:
+    """Refuse a model of its own Python code unless that is trusted: transformers would ask at the terminal."""
+    try:
+        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{directory / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{directory / 'config.json'} holds a {type(values).__name__}; expected an object")
+    own = "AutoConfig" in (values.get("auto_map") or {}) and values.get("model_type") not in CONFIG_MAPPING
+    if own and not trusted:
+        raise UsageError(
+            f"{directory} comes with Python code of its own; read it, then allow it with --trust-remote-code "
+            f"(trust_remote_code=True)"
+        )
 
 
 def class_of(config: Any) -> Any:

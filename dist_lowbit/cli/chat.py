@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 from pathlib import Path
@@ -9,17 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .launch import in_job, relaunch
+from dist_lowbit.engine.sampling import Sampling, check_limit
+
+from .launch import start_ranks
 
 if TYPE_CHECKING:
     from dist_lowbit.comm import Group
-    from dist_lowbit.engine import Session
+    from dist_lowbit.engine.session import Session
 
 # While a person thinks, rank 0 tells the others so, well within the time after which silence is a fault.
 _KEEP_ALIVE_S = 5.0
 
 
 def chat(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(help="A low-bit checkpoint.")],
     ranks: Annotated[
         int | None, typer.Option("-n", help="Ranks to start. Default: those this process was started with, else one.")
@@ -27,54 +31,77 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 256,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
     temperature: Annotated[float, typer.Option(help="Flattens (above 1) or sharpens the distribution.")] = 0.8,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     bind: Annotated[str, typer.Option(help="Bind ranks to: none, core, numa, socket.")] = "none",
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
     """Talk with a model: one line is one turn, an empty line or end of input ends."""
-    if ranks is not None and not in_job():
-        from dist_lowbit.assembly.paths import require_checkpoint
-
-        require_checkpoint(directory)
-        if ranks != 1:
-            raise typer.Exit(relaunch(ranks, bind))
+    sampling = Sampling(greedy, temperature, seed=seed)
+    check_limit(max_new_tokens)
+    code = start_ranks(directory, ranks, bind, context.obj)
+    if code is not None:
+        raise typer.Exit(code)
 
     from dist_lowbit.assembly.ranks import join_ranks
-    from dist_lowbit.engine import Sampling, open_session
+    from dist_lowbit.engine.session import open_session
 
-    sampling = Sampling(greedy, temperature)
-    group, _ = join_ranks(ranks if ranks is not None else "auto")
+    group, _ = join_ranks("auto")
     with group:
         session = open_session(directory, group, trust_remote_code=trust_remote_code)
+        lines = Lines(sys.stdin.fileno()) if group.rank == 0 else None
         messages: list[dict[str, str]] = []
-        while (line := _next_line(group)) is not None:
+        while (line := _next_line(group, lines)) is not None:
             messages.append({"role": "user", "content": line})
             messages.append({"role": "assistant", "content": _answer(session, messages, max_new_tokens, sampling)})
 
 
-def _next_line(group: Group) -> str | None:
+class Lines:
+    """Lines from a file descriptor, waited for with a limit.
+
+    Not sys.stdin: it keeps lines it has read ahead to itself, and select then sees none waiting.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._read, self._ended = descriptor, b"", False
+
+    def next(self, seconds: float) -> str | None:
+        """Return the next line without its end, an empty one at the end of input, None after waiting in vain."""
+        while b"\n" not in self._read and not self._ended:
+            if not select.select([self._descriptor], [], [], seconds)[0]:
+                return None
+            more = os.read(self._descriptor, 1 << 16)
+            self._read, self._ended = self._read + more, not more
+        line, _, self._read = self._read.partition(b"\n")
+        return line.decode(errors="replace").strip()
+
+
+def _next_line(group: Group, lines: Lines | None) -> str | None:
     """Return the next line a person typed at rank 0, on every rank; None at the end."""
-    if group.rank == 0:
+    if lines is not None:
         print("> ", end="", flush=True)
     while True:
         heard: Any = None
-        if group.rank == 0:
-            ready, _, _ = select.select([sys.stdin], [], [], _KEEP_ALIVE_S)
-            heard = {"line": sys.stdin.readline().strip()} if ready else {"waiting": True}
+        if lines is not None:
+            line = lines.next(_KEEP_ALIVE_S)
+            heard = {"waiting": True} if line is None else {"line": line}
         heard = group.broadcast_object(heard, 0)
         if "line" in heard:
-            return heard["line"] or None
+            break
+    if lines is not None and not heard["line"]:
+        print(flush=True)  # what comes next on this terminal starts on a line of its own
+    return heard["line"] or None
 
 
-def _answer(session: Session, messages: list[dict[str, str]], max_new_tokens: int, sampling: Any) -> str:
-    from dist_lowbit.engine import generate
+def _answer(session: Session, messages: list[dict[str, str]], max_new_tokens: int, sampling: Sampling) -> str:
     from dist_lowbit.engine.chat import render
+    from dist_lowbit.engine.generate import generate
 
     leader = session.group.rank == 0
 
     def show(text: str) -> None:
         print(text, end="", flush=True)
 
-    result = generate(session, render(session.tokenizer, messages), max_new_tokens, sampling, show if leader else None)
+    result = generate(session, render(session, messages), max_new_tokens, sampling, show if leader else None)
     if leader:
         print(flush=True)
     return result.text

@@ -24,12 +24,17 @@ def convert(
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
     """Quantize a model into a low-bit checkpoint, tensor by tensor."""
-    from dist_lowbit.assembly.convert import convert as convert_model
     from dist_lowbit.assembly.hub import resolve
+    from dist_lowbit.assembly.paths import check_conversion
     from dist_lowbit.quantize import Recipe
 
     started = time.monotonic()
     recipe = Recipe(low_bit, group_size, modules_to_not_convert or ())
-    convert_model(resolve(model, revision), out, recipe, tp, trust_remote_code=trust_remote_code)
+    check_conversion(Path(model).expanduser(), out, tp)  # before a download
+    source = resolve(model, revision)
+
+    from dist_lowbit.assembly.convert import convert as convert_model
+
+    convert_model(source, out, recipe, tp, trust_remote_code=trust_remote_code)
     size = sum(path.stat().st_size for path in out.glob("lowbit-*.safetensors"))
     typer.echo(f"{out}: {low_bit}, {tp} rank file(s), {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")

@@ -75,7 +75,7 @@ def examine() -> dict[str, Any]:
         "backends (yes, or why not, for this process)": comm.why_not(here),
         "launcher styles (yes, or why not)": {name: runner().why_not() for name, runner in RUNNERS.items()},
         "recommended": f"dist-lowbit run -n {ranks} your_script.py",
-        "warnings": warnings(),
+        "warnings": warnings(*limits()),
     }
 
 
@@ -90,17 +90,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def warnings() -> list[str]:
-    """Return what about this machine's limits will hurt."""
-    found = []
+def limits() -> tuple[int, int, int]:
+    """Return the bytes of /dev/shm, how many files may be open, and the bytes of the address space (-1: no limit)."""
     space = os.statvfs("/dev/shm")
-    size = space.f_frsize * space.f_blocks
-    if size <= _SMALL_SHM:
-        found.append(f"/dev/shm has {size >> 20} MiB; start the container with --shm-size=1g or more")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    memory, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return space.f_frsize * space.f_blocks, files, memory
+
+
+def warnings(shm: int, files: int, memory: int) -> list[str]:
+    """Return which of a machine's limits will hurt; see limits."""
+    found = []
+    if shm <= _SMALL_SHM:
+        found.append(f"/dev/shm has {shm >> 20} MiB; start the container with --shm-size=1g or more")
     if files != resource.RLIM_INFINITY and files < _FEW_FILES:
         found.append(f"only {files} files may be open at once (ulimit -n); large checkpoints may need more")
-    memory, _ = resource.getrlimit(resource.RLIMIT_AS)
     if memory != resource.RLIM_INFINITY:
         found.append(f"the address space is limited to {memory >> 20} MiB (ulimit -v)")
     return found

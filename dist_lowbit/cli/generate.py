@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .launch import in_job, relaunch
+from dist_lowbit.engine.sampling import Sampling, check_limit
+
+from .launch import start_ranks
 
 if TYPE_CHECKING:
-    from dist_lowbit.engine import Generation
+    from dist_lowbit.engine.generate import Generation
 
 
 def generate(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(help="A low-bit checkpoint.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
     ranks: Annotated[
@@ -34,22 +37,22 @@ def generate(
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
     """Generate text from a prompt, and say how fast."""
-    if ranks is not None and not in_job():
-        from dist_lowbit.assembly.paths import require_checkpoint
-
-        require_checkpoint(directory)
-        if ranks != 1:
-            raise typer.Exit(relaunch(ranks, bind))
+    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
+    check_limit(max_new_tokens)
+    code = start_ranks(directory, ranks, bind, context.obj)
+    if code is not None:
+        raise typer.Exit(code)
 
     from dist_lowbit.assembly.ranks import join_ranks
-    from dist_lowbit.engine import Sampling, open_session
-    from dist_lowbit.engine import generate as run
+    from dist_lowbit.engine.generate import encode
+    from dist_lowbit.engine.generate import generate as run
+    from dist_lowbit.engine.session import open_session
 
-    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
-    group, _ = join_ranks(ranks if ranks is not None else "auto")
+    group, _ = join_ranks("auto")
     with group:
         session = open_session(directory, group, trust_remote_code=trust_remote_code)
         leader = group.rank == 0
+        ids = encode(session, prompt)
 
         def show(text: str) -> None:
             sys.stdout.write(text)
@@ -57,7 +60,7 @@ def generate(
 
         if leader and not as_json:
             show(prompt)
-        result = run(session, prompt, max_new_tokens, sampling, show if leader and not as_json else None)
+        result = run(session, ids, max_new_tokens, sampling, show if leader and not as_json else None)
         if leader and as_json:
             print(json.dumps(dataclasses.asdict(result)), flush=True)
         elif leader:

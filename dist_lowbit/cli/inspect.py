@@ -38,7 +38,9 @@ def inspect(
         found = None if report is None else dataclasses.asdict(report)
         print(json.dumps(head | {"tensors": [dataclasses.asdict(row) for row in rows], "verified": found}))
     else:
-        table = Table(title=f"{path}: {head['model']}, {head['recipe']}, {head['tp']} rank file(s)")
+        recipe = head["recipe"] or {}
+        form = f"{recipe.get('format')} in groups of {recipe.get('group_size')}"
+        table = Table(title=f"{path}: {head['model']}, {form}, {head['tp']} rank file(s)")
         for name in ("tensor", "format", "group", "shape", "cut along", "shards (file: range)", "bytes"):
             table.add_column(name, overflow="fold")
         for row in rows:

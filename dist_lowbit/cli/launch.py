@@ -1,38 +1,76 @@
-"""Start the same command once per rank."""
+"""Start the same command once per rank, after every check that needs no model in memory."""
 
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from dist_lowbit.core.errors import UsageError
 
 
-def in_job() -> bool:
-    """Return whether this process is one of several ranks already."""
+def start_ranks(directory: Path, ranks: int | None, bind: str, words: Sequence[str]) -> int | None:
+    """Run a command line once per rank through the launcher and return its exit code; None where this process is one.
+
+    directory: the low-bit language model to run. ranks: what -n said. words: the command line; the ranks read the same.
+    Rank 0 has this terminal. What does not fit is a UsageError, before anything heavy is imported or started.
+    """
     from dist_lowbit.core.rank import discover
 
-    return discover(os.environ).world_size > 1
+    here = discover(os.environ)
+    _check_settings()
+    _check_model(directory)
+    if here.source != "none":  # a launcher started this process
+        if ranks not in (None, here.world_size):
+            raise UsageError(f"-n is {ranks}, but this job has {here.world_size} rank(s); leave -n out inside a job")
+        return None
+    if ranks is not None:
+        _check_ranks(directory, ranks)
+    if ranks in (None, 1) and bind == "none":
+        return None
 
-
-def relaunch(ranks: int, bind: str) -> int:
-    """Run this command line on `ranks` ranks through the launcher, rank 0 on this terminal; return the exit code."""
     from dist_lowbit.launcher.__main__ import main as launch
+
+    return launch(["-n", str(ranks or 1), "--bind", bind, "--no-prefix", "-m", "dist_lowbit.cli", *words])
+
+
+def _check_settings() -> None:
+    """Refuse settings that only a rank would meet, after seconds of loading."""
+    from dist_lowbit.comm.backends import BACKENDS
+    from dist_lowbit.core.native import native, native_why_not
+    from dist_lowbit.core.settings import settings
+    from dist_lowbit.ops import isas
+
+    given = settings()
+    if given.backend not in ("auto", *BACKENDS):
+        raise UsageError(f"DIST_LOWBIT_BACKEND is {given.backend!r}; expected auto, {', '.join(BACKENDS)}")
+    if given.library not in ("", "none") and native() is None:
+        raise UsageError(f"DIST_LOWBIT_LIBRARY is {given.library!r}: {native_why_not()}")
+    if given.isa != "auto":
+        isas()  # raises for an instruction set that is unknown or that this CPU lacks
+
+
+def _check_model(directory: Path) -> None:
+    from dist_lowbit.assembly.paths import require_checkpoint
+
+    if not (require_checkpoint(directory) / "config.json").is_file():
+        raise UsageError(f"{directory} has no config.json, so it is no language model; load it with load_low_bit")
+
+
+def _check_ranks(directory: Path, ranks: int) -> None:
+    from dist_lowbit.checkpoint import CheckpointReader
+    from dist_lowbit.parallel.units import count
 
     if ranks < 1:
         raise UsageError(f"-n is {ranks}; expected at least 1 rank")
-    own = without_ranks(sys.argv[1:])
-    return launch(["-n", str(ranks), "--bind", bind, "--no-prefix", "-m", "dist_lowbit.cli", *own])
-
-
-def without_ranks(argv: list[str]) -> list[str]:
-    """Return a command line without its -n option: the ranks find their number in the environment."""
-    result, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word == "-n":
-            skip = True
-        elif not (word.startswith("-n") and word[2:].lstrip("=").isdigit()):
-            result.append(word)
-    return result
+    if ranks == 1:
+        return
+    with CheckpointReader(directory) as reader:
+        units = reader.metadata.get("units", {})
+        summed = [weight for weight in reader.weights.values() if weight.axis == 1]
+        most = max((count(w.shape[1], units.get(w.name.removesuffix(".weight"), 1)) for w in summed), default=None)
+    if most is not None and ranks > most:
+        raise UsageError(f"-n is {ranks}, but this model has work for at most {most} ranks")
+    cpus = len(os.sched_getaffinity(0))
+    if most is None and ranks > cpus:  # every rank holds the whole model
+        raise UsageError(f"-n is {ranks}, but this model cannot be split, and there are {cpus} CPUs to copy it to")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+import typer.main
 
 from dist_lowbit.core.errors import DistLowbitError, UsageError
 from dist_lowbit.core.log import configure
@@ -14,10 +18,11 @@ from dist_lowbit.core.version import __version__
 
 from . import chat, convert, doctor, generate, inspect
 
+_BadCommandLine: Any = typer.BadParameter.__base__  # typer shows this class of its parser only through its children
+
 app = typer.Typer(
     name="dist-lowbit",
     help="Low-bit LLM inference, tensor-parallel over CPU sockets and GPUs.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -61,18 +66,39 @@ app.command()(doctor.doctor)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. An intended error is one line on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        app(args=list(argv) if argv is not None else None)
-    except SystemExit as end:  # how the command line parser ends, whatever the outcome
-        return end.code if isinstance(end.code, int) else int(bool(end.code))
-    except KeyboardInterrupt:
+        code = _run(words)
+        sys.stdout.flush()  # here, where a reader that has left can still be answered for
+    except BrokenPipeError:
+        # Nobody reads on: end as the shell's tools do, and let the interpreter's own last flush go nowhere.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(words: list[str]) -> int:
+    try:
+        # Without standalone mode: usage errors of the command line come here like all others, to be one line too.
+        code = typer.main.get_command(app).main(
+            words or ["--help"], prog_name="dist-lowbit", standalone_mode=False, obj=words
+        )
+    except SystemExit as end:  # how typer itself ends when nobody reads on
+        raise BrokenPipeError from end
+    except typer.Abort:
         return 130
+    except _BadCommandLine as error:
+        return _tell(error.format_message(), error.exit_code)
     except DistLowbitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _tell(str(error), error.exit_code)
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return UsageError.exit_code
-    return 0
+        return _tell(f"{error.filename}: {error.strerror}", UsageError.exit_code)
+    return code if isinstance(code, int) else 0
+
+
+def _tell(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

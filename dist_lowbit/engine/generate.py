@@ -16,26 +16,8 @@ from transformers import TextStreamer
 from dist_lowbit.core.errors import CommError, UsageError
 from dist_lowbit.core.log import logger
 
+from .sampling import Sampling, check_limit
 from .session import Session
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the most likely one, or drawn by temperature, top_k and top_p."""
-
-    greedy: bool = True
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int | None = None  # None: rank 0 draws one for all
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UsageError(f"temperature is {self.temperature}; expected more than 0 (or ask for greedy)")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
-        if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}; expected 0 (off) or more")
 
 
 @dataclass(frozen=True)
@@ -71,25 +53,29 @@ class _Clock(TextStreamer):  # type: ignore[misc]
 
 
 def encode(session: Session, prompt: str) -> torch.Tensor:
-    """Return the token ids [1, S] of a prompt; an empty one is the beginning-of-text token."""
-    ids: torch.Tensor = session.tokenizer(prompt, return_tensors="pt").input_ids
+    """Return the token ids [1, S] of a prompt; an empty one is the beginning-of-text token.
+
+    A prompt that leaves no room for a token in the model's context is a UsageError.
+    """
+    # verbose: the tokenizer would warn of a long prompt, for which there is a better word below.
+    ids: torch.Tensor = session.tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
     if ids.shape[1] == 0:
         bos = session.tokenizer.bos_token_id
         if bos is None:
             raise UsageError("the prompt is empty, and this model has no beginning-of-text token; give some text")
         ids = torch.tensor([[bos]])
+    _room(session, ids.shape[1])
     return ids.long()
 
 
-def _room(session: Session, prompt_tokens: int, wanted: int) -> int:
+def _room(session: Session, prompt_tokens: int) -> int | None:
+    """Return how many tokens fit after a prompt, None for a model without a limit; none at all is a UsageError."""
     limit = getattr(session.model.config, "max_position_embeddings", None)
     if limit is None:
-        return wanted
+        return None
     if prompt_tokens >= limit:
         raise UsageError(f"the prompt has {prompt_tokens} tokens; this model holds {limit} with its answer")
-    if prompt_tokens + wanted > limit:
-        logger.warning("only %d new tokens fit after %d of the prompt", limit - prompt_tokens, prompt_tokens)
-    return min(wanted, int(limit) - prompt_tokens)
+    return int(limit) - prompt_tokens
 
 
 def peak_rss() -> int:
@@ -107,6 +93,12 @@ def _agree(session: Session, tokens: list[int]) -> None:
             raise CommError(f"rank {rank} generated other tokens than rank 0; results are not to be trusted", rank)
 
 
+def _ends(model: Any) -> set[int]:
+    """Return the tokens that end a text."""
+    found = model.generation_config.eos_token_id
+    return set(found) if isinstance(found, list) else set() if found is None else {found}
+
+
 def generate(
     session: Session,
     prompt: str | torch.Tensor,
@@ -118,13 +110,15 @@ def generate(
 
     on_text receives pieces of text as they are finished. Ranks agree on every token, or a CommError is raised.
     """
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    check_limit(max_new_tokens)
     sampling = sampling or Sampling()
     group, model = session.group, session.model
     ids = encode(session, prompt) if isinstance(prompt, str) else prompt
-    room = _room(session, ids.shape[1], max_new_tokens)
-    options: dict[str, Any] = {"do_sample": not sampling.greedy, "max_new_tokens": room}
+    room = _room(session, ids.shape[1])
+    if room is not None and room < max_new_tokens:
+        logger.warning("only %d new tokens fit after %d of the prompt", room, ids.shape[1])
+        max_new_tokens = room
+    options: dict[str, Any] = {"do_sample": not sampling.greedy, "max_new_tokens": max_new_tokens}
     seed = None
     if not sampling.greedy:
         drawn = secrets.randbits(31) if sampling.seed is None else sampling.seed
@@ -144,7 +138,7 @@ def generate(
         tokens=tokens,
         prompt_tokens=int(ids.shape[1]),
         seed=seed,
-        finish_reason="length" if len(tokens) == room else "stop",
+        finish_reason="stop" if tokens[-1] in _ends(model) else "length",
         ttft_ms=(times[0] - started) * 1e3,
         itl_ms=sum(gaps) / len(gaps) * 1e3 if gaps else 0.0,
         tokens_per_s=len(tokens) / (times[-1] - started),

@@ -31,8 +31,9 @@ def open_session(path: str | Path, group: Group, *, trust_remote_code: bool = Fa
     config = read_config(directory, trust_remote_code)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), **remote)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{directory} holds no usable tokenizer: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"{directory} holds no usable tokenizer: {why}") from error
     model = empty_model(class_of(config), config, directory, **remote)
     return Session(load_low_bit(model, directory, group=group), tokenizer, group)
