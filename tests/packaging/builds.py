@@ -42,9 +42,9 @@ class Environment:
         # what is installed here wins, and the lender's editable install of the project is not seen.
         (self.site / "lender.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
 
-    def install(self, wheel: Path) -> None:
-        pip = (sys.executable, "-m", "pip", "--python", self.python, "install", "--no-index", "--no-deps")
-        run(*pip, "--disable-pip-version-check", "--no-build-isolation", wheel, cwd=self.outside)
+    def install(self, what: Path, *options: str) -> None:
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python, "install")
+        run(*pip, "--no-index", "--no-deps", "--no-build-isolation", *options, what, cwd=self.outside)
 
     def run(self, *command: str | Path) -> str:
         return run(self.folder / "bin" / str(command[0]), *command[1:], cwd=self.outside)
