@@ -146,19 +146,8 @@ def test_wheel_installs_and_runs(wheel: Path, environment: Environment) -> None:
     check_installed(environment)
     sample = environment.run("python", "-I", "-c", "from dist_lowbit import sample; print(sample.path())").strip()
     environment.run("dist-lowbit", "convert", sample, "out", "--low-bit", "sym_int4", "--tp", "2")
-    words = (
-        "generate",
-        "out",
-        "-n",
-        "2",
-        "--prompt",
-        "Once upon a time",
-        "--max-new-tokens",
-        "8",
-        "--greedy",
-        "--json",
-    )
-    answer = json.loads(environment.run("dist-lowbit", *words).splitlines()[-1])
+    words = "generate out -n 2 --max-new-tokens 8 --greedy --json --prompt"
+    answer = json.loads(environment.run("dist-lowbit", *words.split(), "Once upon a time").splitlines()[-1])
     assert len(answer["tokens"]) == 8
 
 
