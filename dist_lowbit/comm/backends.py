@@ -16,7 +16,7 @@ from dist_lowbit.core.settings import settings
 from .base import BaseGroup
 from .gloo import GlooGroup
 from .group import Group, Json
-from .meeting import meet
+from .meeting import Meeting, meet
 from .peers import from_json, myself, one_machine, to_json
 from .shm import ShmGroup
 from .single import SingleGroup
@@ -69,6 +69,26 @@ def _choose(facts: list[Json], near: bool, rank: int) -> str:
     raise CommError(f"no backend can connect the ranks: {'; '.join(refusals)}")
 
 
+def _form(meeting: Meeting, facts: list[Json], timeout: float) -> Group:
+    """Choose a backend and connect the ranks with it; if that fails, all of them get to know why."""
+    info = meeting.info
+    peers = [from_json(fact["peer"], rank) for rank, fact in enumerate(facts)]
+    group: BaseGroup | None = None
+    with meeting.watching(peers):
+        try:
+            _check_worlds(facts, info)
+            chosen = BACKENDS[_choose(facts, one_machine(peers), info.rank)]
+            group = chosen.connect(meeting, peers, timeout)
+            meeting.part()
+        except BaseException:
+            if group is not None:
+                group.close()
+            meeting.leave()
+            raise
+    group.hold(meeting.store)
+    return group
+
+
 def init_group(
     backend: str = "auto",
     rank_info: RankInfo | None = None,
@@ -101,21 +121,7 @@ def init_group(
         "backend": name,
     }
     meeting, answers = meet(info, limit, prefix, facts, store)
-    peers = [from_json(answer["peer"], rank) for rank, answer in enumerate(answers)]
-    group: BaseGroup | None = None
-    with meeting.watching(peers):
-        try:
-            _check_worlds(answers, info)
-            chosen = BACKENDS[_choose(answers, one_machine(peers), info.rank)]
-            group = chosen.connect(meeting, peers, limit)
-            meeting.part()
-        except BaseException:
-            if group is not None:
-                group.close()
-            meeting.leave()
-            raise
-    group.hold(meeting.store)
-    return group
+    return _form(meeting, answers, limit)
 
 
 def subgroup_info(info: RankInfo, ranks: list[int]) -> RankInfo:

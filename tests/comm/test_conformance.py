@@ -31,6 +31,16 @@ def test_backend(outcome: Outcome, backend: str, size: int, check: str) -> None:
     assert all(f"{backend}-{size}-{check}" in outcome.values[rank] for rank in range(size))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [5, 8, 16])
+def test_more_ranks_than_cores(farm: Farm, size: int) -> None:
+    require("shm")
+    outcome = farm.run("conformance", size, {"backends": ["shm"], "sizes": [size]}, timeout=100)
+    assert not outcome.errors, next(iter(outcome.errors.values()))
+    assert len({report[f"shm-{size}-fingerprints"] for report in outcome.values.values()}) == 1
+    assert len(outcome.values) == size
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_all_ranks_and_backends_give_the_same_bits(outcome: Outcome, size: int) -> None:
     digests = {
