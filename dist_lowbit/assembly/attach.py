@@ -35,7 +35,7 @@ def attach(model: nn.Module) -> nn.Module:
 
 def _save_pretrained(model: nn.Module, save_directory: str | Path, **kwargs: Any) -> None:
     """Save a low-bit model as save_low_bit does. All ranks must call together; unknown arguments are a UsageError."""
-    for item in kwargs.items():
-        if item not in _HARMLESS:
-            raise UsageError(f"save_pretrained of a low-bit model takes a directory only; {item[0]} has no effect")
+    for name, value in kwargs.items():
+        if value not in _HARMLESS.get(name, ()):
+            raise UsageError(f"save_pretrained of a low-bit model takes a directory only; {name} has no effect")
     save_low_bit(model, save_directory)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, Cli, edit, environment, process  # type: ignore[import-not-found]
+
+from tests.cli.command_line import SAMPLE, Cli, edit, environment, process
 
 
 class Places:
@@ -57,19 +58,34 @@ def places(tmp_path: Path, checkpoint: Path, tiny: Path) -> Places:
 
 Words = Callable[[Places], list[object]]
 MODELS: dict[str, tuple[Words, str]] = {
-    "unknown format": (lambda p: ["convert", p.tiny, p.out, "--low-bit", "int4"], r"unknown low_bit 'int4'; expected one of sym_int4, asym_int4,.*bf16"),
-    "group of 48": (lambda p: ["convert", p.tiny, p.out, "--group-size", 48], r"group_size is 48; expected a multiple of 32"),
+    "unknown format": (
+        lambda p: ["convert", p.tiny, p.out, "--low-bit", "int4"],
+        r"unknown low_bit 'int4'; expected one of sym_int4, asym_int4,.*bf16",
+    ),
+    "group of 48": (
+        lambda p: ["convert", p.tiny, p.out, "--group-size", 48],
+        r"group_size is 48; expected a multiple of 32",
+    ),
     "tp 0": (lambda p: ["convert", p.tiny, p.out, "--tp", 0], r"--tp is 0; expected at least 1"),
     "empty pattern": (lambda p: ["convert", p.tiny, p.out, "--modules-to-not-convert", ""], r"none of them empty"),
-    "no path": (lambda p: ["convert", p.tmp / "no", p.out], r"/no does not exist; expected a model directory or a hub id"),
+    "no path": (
+        lambda p: ["convert", p.tmp / "no", p.out],
+        r"/no does not exist; expected a model directory or a hub id",
+    ),
     "no model": (lambda p: ["convert", p.empty(), p.out], r"/empty holds no config\.json, so it is no model directory"),
     "a file": (lambda p: ["convert", p.file(), p.out], r"/file is a file; expected a model directory"),
     "a checkpoint": (lambda p: ["convert", p.checkpoint, p.out], r"is already a low-bit checkpoint; give the original"),
     "onto itself": (lambda p: ["convert", p.tiny, p.tiny], r"is the model itself; choose another directory"),
     "out is a file": (lambda p: ["convert", p.tiny, p.file()], r"/file is a file; expected a directory to save into"),
     "out in a file": (lambda p: ["convert", p.tiny, p.file() / "out"], r"/file is a file; expected a directory"),
-    "out holds another": (lambda p: ["convert", p.tiny, p.other()], r"holds another model's weights \(pytorch_model\.bin\)"),
-    "weights missing": (lambda p: ["convert", p.model(num_hidden_layers=3), p.out], r"holds no tensor model\.layers\.2\."),
+    "out holds another": (
+        lambda p: ["convert", p.tiny, p.other()],
+        r"holds another model's weights \(pytorch_model\.bin\)",
+    ),
+    "weights missing": (
+        lambda p: ["convert", p.model(num_hidden_layers=3), p.out],
+        r"holds no tensor model\.layers\.2\.",
+    ),
     "unknown type": (lambda p: ["convert", p.model(model_type="gpt9"), p.out], r"cannot read the config of .*gpt9"),
     "config is no json": (lambda p: ["convert", p.broken("config.json", "{"), p.out], r"config\.json cannot be read"),
     "config is a list": (lambda p: ["convert", p.broken("config.json", "[]"), p.out], r"holds a list; expected an obj"),
@@ -78,10 +94,16 @@ MODELS: dict[str, tuple[Words, str]] = {
         lambda p: ["convert", p.model(model_type="mine", auto_map={"AutoConfig": "configuration_mine.C"}), p.out],
         r"comes with Python code of its own; read it, then allow it with --trust-remote-code",
     ),
-    "generate: model": (lambda p: ["generate", p.tiny], r"holds an ordinary model, no low-bit checkpoint .*dist-lowbit convert"),
+    "generate: model": (
+        lambda p: ["generate", p.tiny],
+        r"holds an ordinary model, no low-bit checkpoint .*dist-lowbit convert",
+    ),
     "chat: model": (lambda p: ["chat", p.tiny], r"holds an ordinary model, no low-bit checkpoint"),
     "inspect: model": (lambda p: ["inspect", p.tiny], r"holds an ordinary model, no low-bit checkpoint"),
-    "generate: no path": (lambda p: ["generate", p.tmp / "no", "-n", 2], r"/no is no directory; expected one written by"),
+    "generate: no path": (
+        lambda p: ["generate", p.tmp / "no", "-n", 2],
+        r"/no is no directory; expected one written by",
+    ),
     "generate: empty": (lambda p: ["generate", p.empty()], r"holds no model, no low-bit checkpoint"),
     "manifest": (lambda p: ["inspect", p.broken("lowbit.json", "{", p.checkpoint)], r"lowbit\.json"),
     "no such option": (lambda p: ["generate", p.checkpoint, "--beams", 3], r"No such option.*--beams"),
@@ -92,12 +114,24 @@ MODELS: dict[str, tuple[Words, str]] = {
     "-n 0": (lambda p: ["generate", p.checkpoint, "-n", 0], r"-n is 0; expected at least 1 rank"),
     "-n -1": (lambda p: ["chat", p.checkpoint, "-n", -1], r"-n is -1; expected at least 1 rank"),
     # 768 / 64 units of the MLP's sum, the most that any matrix of the sample model has.
-    "-n 99": (lambda p: ["generate", p.checkpoint, "-n", 99], r"-n is 99, but this model has work for at most 12 ranks"),
+    "-n 99": (
+        lambda p: ["generate", p.checkpoint, "-n", 99],
+        r"-n is 99, but this model has work for at most 12 ranks",
+    ),
     "bind": (lambda p: ["generate", p.checkpoint, "--bind", "core:9"], r""),
-    "max_new_tokens": (lambda p: ["generate", p.checkpoint, "--max-new-tokens", 0], r"max_new_tokens is 0; expected at"),
-    "temperature": (lambda p: ["generate", p.checkpoint, "--temperature", 0], r"temperature is 0\.0; expected more than 0"),
+    "max_new_tokens": (
+        lambda p: ["generate", p.checkpoint, "--max-new-tokens", 0],
+        r"max_new_tokens is 0; expected at",
+    ),
+    "temperature": (
+        lambda p: ["generate", p.checkpoint, "--temperature", 0],
+        r"temperature is 0\.0; expected more than 0",
+    ),
     "temperature nan": (lambda p: ["chat", p.checkpoint, "--temperature", "nan"], r"temperature is nan; expected more"),
-    "top_p": (lambda p: ["generate", p.checkpoint, "--top-p", 1.5], r"top_p is 1\.5; expected more than 0 and at most 1"),
+    "top_p": (
+        lambda p: ["generate", p.checkpoint, "--top-p", 1.5],
+        r"top_p is 1\.5; expected more than 0 and at most 1",
+    ),
     "top_k": (lambda p: ["generate", p.checkpoint, "--top-k", -1], r"top_k is -1; expected 0 \(off\) or more"),
     "long prompt": (
         lambda p: ["generate", p.checkpoint, "--prompt", "the cat " * 1200],
@@ -107,7 +141,7 @@ MODELS: dict[str, tuple[Words, str]] = {
         lambda p: ["generate", p.broken("tokenizer.json", "{", p.checkpoint)],
         r"holds no usable tokenizer: ",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, Cli, environment, process  # type: ignore[import-not-found]
 
 from dist_lowbit.checkpoint import CheckpointReader
 from dist_lowbit.formats.table import USER_FORMATS
+from tests.cli.command_line import ROOT, SAMPLE, Cli, environment, process
 
 GREEDY = ("--prompt", "Once upon a time", "--greedy", "--max-new-tokens", 12, "--json")
 
