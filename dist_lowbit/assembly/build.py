@@ -12,7 +12,7 @@ from torch import nn
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import CheckpointError
 from dist_lowbit.core.settings import settings
-from dist_lowbit.decoder import IdleAttention, use_attention
+from dist_lowbit.decoder import IdleAttention, use_activation, use_attention
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split
 from dist_lowbit.parallel.plan import Heads
 from dist_lowbit.quantize import Recipe
@@ -136,7 +136,7 @@ def build(
 
     kept: planned Linears to leave as they are; where the plan cuts them they become casts of their own dtype.
     dtype: of activations and of every tensor that is not quantized. optimize_llm: use the project's attention
-    (always where heads are cut). Peak memory: this rank's part, plus one matrix.
+    and silu (always where heads are cut). Peak memory: this rank's part, plus one matrix.
     """
     cut = target.plan.tp > 1 and target.family is not None
     left = frozenset() if cut else kept
@@ -146,6 +146,7 @@ def build(
     _fill(model, weights, dtype)
     if target.family is not None and (optimize_llm or cut):
         use_attention(model)
+        use_activation(model)
     if cut:
         _localize_attention(model, target, group.rank)
     config: Any = getattr(model, "config", None)
