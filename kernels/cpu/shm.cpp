@@ -541,8 +541,10 @@ dlb_shm* dlb_shm_attach(int fd, int rank, int size, const int32_t* pids, const i
     g->bytes = bytes;
     g->rank = rank;
     g->size = size;
-    g->spins = 2000;  // some 50 to 100 microseconds
-    g->yields = 20;
+    // A few microseconds of spinning, then some hundred of yielding: as quick on a core of one's own, and on a shared
+    // one it lets the peer run.
+    g->spins = 100;
+    g->yields = 300;
     for (int p = 0; p < size; p++) {
         g->pids[p] = pids[p];
         g->pidfds[p] = pidfds[p];
