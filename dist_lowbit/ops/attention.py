@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from dist_lowbit.core.errors import UsageError
-from dist_lowbit.core.native import native
 
 from .attention_reference import CHUNK, attention_reference
 from .elementwise import LANES, forbid_gradient
+from .library import library as compiled_library
 
 NOT_CAUSAL = -1
 
@@ -127,7 +127,7 @@ def _attention(
             wrong = f"{name} has shape {tuple(per_row.shape)}, expected ({count},)"
     if wrong is not None:
         raise UsageError(f"attention: {wrong}")
-    library = native() if q.device.type == "cpu" else None
+    library = compiled_library() if q.device.type == "cpu" else None
     rest = (q, k, v, kv_index, mask, scale, causal_offset, window, softcap, kv_start, alibi)
     if library is None:
         return attention_reference(*rest)

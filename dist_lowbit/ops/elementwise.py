@@ -12,7 +12,8 @@ import ctypes
 import torch
 
 from dist_lowbit.core.errors import UsageError
-from dist_lowbit.core.native import native
+
+from .library import library as compiled_library
 
 # exp(x) = 2^n exp(r), n = rne(x log2 e), r = x - n ln 2 with ln 2 in two parts (Cody and Waite; the high part has 9
 # significant bits, so n * LN2_HI is exact), exp(r) = 1 + r + r^2 P(r). P: minimax of the relative error on |r| <=
@@ -106,7 +107,7 @@ def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 
 def _library(x: torch.Tensor) -> ctypes.CDLL | None:
-    return native() if x.device.type == "cpu" else None
+    return compiled_library() if x.device.type == "cpu" else None
 
 
 def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from dist_lowbit.core.native import native, native_why_not
+from dist_lowbit import ops
+from dist_lowbit.core.native import native_why_not
+from dist_lowbit.ops.library import start_pool
 
 
 def library() -> ctypes.CDLL:
     """Return the compiled library, or skip the test."""
-    found = native()
+    found = ops.library()
     if found is None:
         pytest.skip(f"no compiled kernels: {native_why_not()}")
     return found
@@ -34,9 +36,8 @@ def each_isa() -> Iterator[list[int]]:
 def threads(count: int) -> Iterator[None]:
     """Run with a pool of `count` threads."""
     lib = library()
-    before = lib.dlb_threads_count()
-    lib.dlb_threads_start(count, None, 0)
+    start_pool(lib, ops.ThreadPlan(count, ()))
     try:
         yield
     finally:
-        lib.dlb_threads_start(max(before, 1), None, 0)
+        start_pool(lib, ops.plan_here())
