@@ -11,7 +11,6 @@ from torch import nn
 
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import CheckpointError
-from dist_lowbit.core.settings import settings
 from dist_lowbit.decoder import IdleAttention, use_activation, use_attention
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split
 from dist_lowbit.parallel.plan import Heads
@@ -153,6 +152,4 @@ def build(
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # head and embedding are two tensors from here on
     setattr(model, STATE, LowBitState(recipe, target, group, left))
-    if group.size > 1:
-        group.barrier(settings().load_timeout)  # disks differ: what follows may expect the others within seconds
     return model.eval().requires_grad_(False)

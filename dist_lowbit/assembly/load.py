@@ -11,6 +11,7 @@ from torch import nn
 from dist_lowbit.checkpoint import CheckpointReader
 from dist_lowbit.comm import Group, SingleGroup
 from dist_lowbit.core.errors import CheckpointError, UsageError
+from dist_lowbit.core.settings import settings
 from dist_lowbit.formats.packed import BLOCK, summation_block
 from dist_lowbit.quantize import Recipe
 
@@ -18,6 +19,7 @@ from .attach import attach
 from .build import build, other_tensors, state_of
 from .paths import require_checkpoint
 from .target import make_target
+from .together import together
 from .weights import CheckpointWeights
 
 
@@ -28,21 +30,21 @@ def load_low_bit(
     group: Group | None = None,
     torch_dtype: torch.dtype | None = None,
     optimize_llm: bool = True,
-    compute: str = "int8",
+    compute: str | None = None,
 ) -> nn.Module:
     """Load a checkpoint of save_low_bit into a model of the same architecture, in place, and return it.
 
     model: on meta (see low_memory_init) or loaded the ordinary way; its own weights are dropped. group: the ranks to
     split over (None: one), independent of how many ranks saved. All ranks must call together. Reads this rank's
-    bytes only, and verifies their checksums: damage is a CheckpointError naming file and tensor.
+    bytes only, and verifies their checksums: damage that any rank finds is a CheckpointError naming file and tensor, on
+    all ranks. compute: "int8" or "fp32" (None: what DIST_LOWBIT_COMPUTE says).
     """
     path = require_checkpoint(model_path)
     if state_of(model) is not None:
         raise UsageError("this model is already low-bit; build a fresh one with low_memory_init to load into")
     group = group or SingleGroup()
-    with CheckpointReader(path) as reader:
-        recipe = Recipe.from_json(reader.metadata["recipe"])
-        kept = frozenset(reader.metadata["kept"])
+    with together(group), CheckpointReader(path) as reader:
+        recipe, kept = _how(reader)
         weights = CheckpointWeights(reader)
         target = make_target(model, _blocks(reader), group.size, lambda name: f"{name}.weight" in reader.weights)
         _check_names(model, reader, path)
@@ -54,10 +56,20 @@ def load_low_bit(
             recipe,
             kept,
             dtype=torch_dtype or torch.float32,
-            compute=compute,
+            compute=compute or settings().compute,
             optimize_llm=optimize_llm,
         )
     return attach(model)
+
+
+def _how(reader: CheckpointReader) -> tuple[Recipe, frozenset[str]]:
+    """Return the recipe that a checkpoint was quantized by, and the modules that it left alone."""
+    recipe, kept = reader.metadata.get("recipe"), reader.metadata.get("kept")
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise CheckpointError(
+            f"the metadata in {reader.directory} says {kept!r:.200} of the modules kept; expected a list of names"
+        )
+    return Recipe.from_json(recipe), frozenset(kept)
 
 
 def _blocks(reader: CheckpointReader) -> Callable[[str], int]:

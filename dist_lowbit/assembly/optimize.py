@@ -19,6 +19,7 @@ from dist_lowbit.quantize import Recipe
 from .attach import attach
 from .build import build, state_of
 from .target import linears, make_target
+from .together import together
 from .weights import ModelWeights
 
 _OPTIONS = {"torch_dtype": None, "group_size": None, "compute": None}
@@ -95,6 +96,9 @@ def optimize(
     own = embeddings(model)
     kept = excluded(model, recipe)
     weights = ModelWeights(model, lambda name: form_under(recipe, name, name in own), transposed_linears(model))
-    target = make_target(model, lambda name: block_under(recipe, name), group.size, lambda name: name not in kept)
-    build(model, target, weights, group, recipe, kept, dtype=torch_dtype, compute=compute, optimize_llm=optimize_llm)
+    with together(group):
+        target = make_target(model, lambda name: block_under(recipe, name), group.size, lambda name: name not in kept)
+        build(
+            model, target, weights, group, recipe, kept, dtype=torch_dtype, compute=compute, optimize_llm=optimize_llm
+        )
     return attach(model)

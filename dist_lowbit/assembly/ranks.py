@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from dist_lowbit.comm import Group, SingleGroup, init_group
 from dist_lowbit.core.errors import UsageError
-from dist_lowbit.core.rank import discover
+from dist_lowbit.core.rank import current
 
 
 def join_ranks(tensor_parallel: int | str | Group | None) -> tuple[Group, int]:
@@ -15,9 +13,9 @@ def join_ranks(tensor_parallel: int | str | Group | None) -> tuple[Group, int]:
     "auto" or True joins the ranks that this process was started with; a number also checks how many they are; a
     Group is taken as it is; None, False or 1 is one rank. All ranks must call together.
     """
-    if tensor_parallel is None or tensor_parallel is False or tensor_parallel == 1:
+    if tensor_parallel is None or tensor_parallel is False or (tensor_parallel is not True and tensor_parallel == 1):
         return SingleGroup(), 0
-    info = discover(os.environ)
+    info = current()
     if isinstance(tensor_parallel, Group):
         return tensor_parallel, info.local_rank
     if tensor_parallel is not True and tensor_parallel != "auto":

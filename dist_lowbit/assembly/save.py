@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_lowbit.checkpoint import FileRecord, ShardWriter, TensorEntry, WeightEntry, commit, discard, shard_names
 from dist_lowbit.core.errors import CheckpointError, DistLowbitError, UsageError
+from dist_lowbit.core.settings import settings
 from dist_lowbit.formats import Format, PackedWeight, lookup
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split, owned_ranges
 from dist_lowbit.parallel.units import Range
@@ -193,7 +194,9 @@ def save_low_bit(model: nn.Module, directory: str | Path) -> None:
         records = _write_live(model, state, directory, names)
     except (DistLowbitError, OSError) as error:
         failure = str(error)
-    told = group.gather_object({"failure": failure, "records": [record.to_json() for record in records]})
+    told = group.gather_object(
+        {"failure": failure, "records": [record.to_json() for record in records]}, timeout=settings().load_timeout
+    )
     failures = [(rank, item["failure"]) for rank, item in enumerate(told) if item["failure"]]
     if not failures and group.rank == 0:
         try:
@@ -202,7 +205,7 @@ def save_low_bit(model: nn.Module, directory: str | Path) -> None:
             commit(directory, state.target.plan.tp, metadata_of(state, model), every)
         except (DistLowbitError, OSError) as error:
             failures = [(0, str(error))]
-    failures = [tuple(item) for item in group.broadcast_object(failures, 0)]
+    failures = [tuple(item) for item in group.broadcast_object(failures, 0, timeout=settings().load_timeout)]
     if failures:
         discard(directory, records)
         rank, text = failures[0]

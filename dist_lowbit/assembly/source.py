@@ -18,6 +18,7 @@ from .build import build
 from .optimize import block_under, embeddings, excluded, form_under, optimize, transposed_linears
 from .skeleton import empty_model, read_config
 from .target import Target, make_target
+from .together import together
 from .weights import SourceWeights
 
 
@@ -60,7 +61,7 @@ def from_source(
     config = read_config(directory, trust_remote_code)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     model = empty_model(cls, config, directory, **remote)
-    with TensorSource(directory) as source:
+    with together(group), TensorSource(directory) as source:
         weights = source_weights(model, source, recipe)
         renamed = missing(model, weights)
         if not renamed:
