@@ -13,6 +13,8 @@ from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.log import logger
 
+from .paths import expand
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 _SMALL = ["*.json", "*.py", "*.txt", "*.model", "*.jinja"]
 # Copies of the weights that transformers does not read.
@@ -26,7 +28,7 @@ def resolve(model: str, revision: str | None = None, files: str = "all") -> Path
     HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured by huggingface_hub. What is neither a directory nor a hub id,
     and an id that cannot be had (offline and not cached, unknown, no access), is a UsageError.
     """
-    path = Path(model).expanduser()
+    path = expand(model)
     if path.is_dir():
         return path
     if path.exists():
@@ -62,7 +64,7 @@ def resolve_together(model: str, group: Group, local_rank: int, revision: str | 
 
     A download may take hours: meanwhile the ranks keep telling each other that they are alive.
     """
-    if group.size == 1 or all(group.gather_object(Path(model).expanduser().exists())):
+    if group.size == 1 or all(group.gather_object(expand(model).exists())):
         return resolve(model, revision)
     if local_rank != 0:
         logger.warning("waiting for the first rank of this host to have %s", model)

@@ -12,9 +12,14 @@ from dist_lowbit.core.errors import UsageError
 STUB = "model.safetensors"
 
 
+def expand(path: str | Path) -> Path:
+    """Return a path with ~ expanded, where there is such a home."""
+    return Path(os.path.expanduser(path))
+
+
 def require_checkpoint(path: str | Path) -> Path:
     """Return a path that is a low-bit checkpoint; a model directory or anything else is a UsageError."""
-    path = Path(path).expanduser()
+    path = expand(path)
     if not path.is_dir():
         raise UsageError(f"{path} is no directory; expected one written by save_low_bit or dist-lowbit convert")
     if not is_checkpoint(path):

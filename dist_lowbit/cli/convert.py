@@ -25,12 +25,12 @@ def convert(
 ) -> None:
     """Quantize a model into a low-bit checkpoint, tensor by tensor."""
     from dist_lowbit.assembly.hub import resolve
-    from dist_lowbit.assembly.paths import check_conversion
+    from dist_lowbit.assembly.paths import check_conversion, expand
     from dist_lowbit.quantize import Recipe
 
     started = time.monotonic()
     recipe = Recipe(low_bit, group_size, modules_to_not_convert or ())
-    check_conversion(Path(model).expanduser(), out, tp)  # before a download
+    check_conversion(expand(model), out, tp)  # before a download
     source = resolve(model, revision)
 
     from dist_lowbit.assembly.convert import convert as convert_model

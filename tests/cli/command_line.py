@@ -39,7 +39,7 @@ Cli = Callable[..., Done]
 
 def environment(**more: str) -> dict[str, str]:
     """Return an environment for a process of its own, in which the tree can be imported."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DIST_LOWBIT_LOG": "error", **more}
 
 
 def process(*words: object, limit: float = 100, stdin: str = "", **more: str) -> Done:
