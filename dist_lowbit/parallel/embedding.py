@@ -28,6 +28,9 @@ class ParallelEmbedding(nn.Module):
         """Return the embeddings of ids (see the class)."""
         if self.split.tp == 1 or self.split.axis is None:
             return nn.functional.embedding(ids, self.weight).to(self.dtype)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+            # As torch refuses it on one rank; here no rank would hold the id, and zeros would be looked up.
+            raise IndexError(f"token ids run from {ids.min()} to {ids.max()}; expected 0 to {self.num_embeddings - 1}")
         start, stop = self.split.ranges[self.group.rank][0]
         if stop == start:
             rows = self.weight.new_zeros((*ids.shape, self.embedding_dim), dtype=self.dtype)

@@ -36,6 +36,7 @@ class LowBitLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.format, self.group_size = weight.format.name, weight.group_size
         self.split, self.group = split, group
+        self._widths = [split.local_shape(rank)[0] for rank in range(split.tp)]  # known, so not exchanged at each call
         self.spec = ops.LinearSpec(
             format=weight.format,
             n=weight.shape[0],
@@ -67,7 +68,7 @@ class LowBitLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias.float()
         if self.split.gather and self.split.tp > 1:
-            y = self.group.all_gather(y, dim=-1)
+            y = self.group.all_gather(y, dim=-1, sizes=self._widths)
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
