@@ -3,7 +3,7 @@
 struct Base256 {
     using I = __m256i;
     using F = __m256;
-    static constexpr int kLanes = 8, kHalves = 2, kPrefetch = 2048;
+    static constexpr int kLanes = 8, kHalves = 2, kPrefetch = 8192;
 
     static inline I load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static inline I and_(I a, I b) { return _mm256_and_si256(a, b); }

@@ -3,26 +3,17 @@
 //   I, F                        vectors of bytes and of floats, kLanes floats wide; kHalves = 16 / kLanes
 //   kTokens                     rows of x that share one decoding of the weights, at most
 //   kSignedBytes                whether codes of 8 bits are handed to Dot as c - 128
+//   kPrefetch                   bytes ahead of their use that weights are asked for
 //   load and_ or_ set1_8 srl16<s> sll16<s> quad zero_f      quad: four bytes of x in every lane
 //   Dot<bits, tokens>           exact int32 sums: clear(), step<q>(w, x) for q = 0 .. 7 of a chunk, sum()
 //   widen_codes scale16 scale32 set1_f set1_32 sub_scaled to_f add mul store     see the ISA files
 
-template <int Value>
-struct Const {
-    static constexpr int value = Value;
-};
-
-template <int I, int End, class Body>
-inline __attribute__((always_inline)) void unroll(const Body& body) {
-    if constexpr (I < End) {
-        body(Const<I>{});
-        unroll<I + 1, End>(body);
-    }
-}
+// Unrolling is by templates that hand references on: lambdas would leave the sums in memory (GCC 12).
+#define DLB_INLINE inline __attribute__((always_inline))
 
 // Quad q of a chunk's b lines, moved to the bits [shift, shift + b) of every byte.
 template <class V, int B, int Q, int Shift>
-inline __attribute__((always_inline)) typename V::I plane_quad(const uint8_t* lines) {
+DLB_INLINE typename V::I plane_quad(const uint8_t* lines) {
     constexpr int kPerByte = 8 / B, kFrom = B * (Q % kPerByte);
     typename V::I bits = V::load(lines + Q / kPerByte * kLineBytes);
     if constexpr (kFrom > Shift) bits = V::template srl16<kFrom - Shift>(bits);
@@ -32,7 +23,7 @@ inline __attribute__((always_inline)) typename V::I plane_quad(const uint8_t* li
 }
 
 template <class V, int B0, int B1, int Q>
-inline __attribute__((always_inline)) typename V::I code_quad(const uint8_t* low, const uint8_t* high) {
+DLB_INLINE typename V::I code_quad(const uint8_t* low, const uint8_t* high) {
     typename V::I code = plane_quad<V, B0, Q, 0>(low);
     if constexpr (B1 > 0) code = V::or_(code, plane_quad<V, B1, Q, B0>(high));
     return code;
@@ -53,10 +44,11 @@ struct AffineTile {
     const int8_t* q[Tokens];
     const float* x_scale[Tokens];
     const int32_t* x_sum[Tokens];
+    const bool stream;  // the first pass over these weights, which come from memory
     F value[kSegments][kHalves][Tokens];
 
-    __attribute__((always_inline)) AffineTile(const LinearView& view, const uint8_t* panel_, const ActView& x, int64_t m)
-        : w(view), panel(panel_) {
+    DLB_INLINE AffineTile(const LinearView& view, const uint8_t* panel_, const ActView& x, int64_t m, bool first)
+        : w(view), panel(panel_), stream(first) {
         for (int t = 0; t < Tokens; ++t) {
             q[t] = x.q + (m + t) * x.q_stride;
             x_scale[t] = x.scale + (m + t) * x.blocks;
@@ -64,61 +56,111 @@ struct AffineTile {
         }
     }
 
-    // Exact dot products of the chunks [first, first + count) for the halves [Half, Half + kTogether).
-    inline __attribute__((always_inline)) void dots(int half, int64_t first, int64_t count, Dot (&dot)[kTogether][Tokens]) {
-        const uint8_t* low = panel + w.plane_offset[0] + first * B0 * kLineBytes + half * V::kLanes * 4;
-        const uint8_t* high = panel + w.plane_offset[1] + first * B1 * kLineBytes + half * V::kLanes * 4;
-        for (int64_t at = first * kChunk; count > 0; --count, at += kChunk) {
-            if constexpr (Tokens <= 2) {
-                for (int l = 0; l < B0; ++l) __builtin_prefetch(low + l * kLineBytes + V::kPrefetch);
-                for (int l = 0; l < B1; ++l) __builtin_prefetch(high + l * kLineBytes + V::kPrefetch);
-            }
-            unroll<0, kChunk / 4>([&](auto index) __attribute__((always_inline)) {
-                constexpr int kQuad = decltype(index)::value;
-                I codes[kTogether];
-                unroll<0, kTogether>([&](auto h) __attribute__((always_inline)) {
-                    constexpr int kAt = decltype(h)::value * V::kLanes * 4;
-                    codes[h.value] = code_quad<V, B0, B1, kQuad>(low + kAt, high + kAt);
-                    if constexpr (kBias != 0) codes[h.value] = V::flip_sign(codes[h.value]);
-                });
-                unroll<0, Tokens>([&](auto t) __attribute__((always_inline)) {
-                    const I x = V::quad(q[t.value] + at + 4 * kQuad);
-                    unroll<0, kTogether>([&](auto h) __attribute__((always_inline)) {
-                        dot[h.value][t.value].template step<kQuad>(codes[h.value], x);
-                    });
-                });
-            });
-            low += B0 * kLineBytes;
-            high += B1 * kLineBytes;
+    using Dots = Dot[kTogether][Tokens];
+    using Codes = I[kTogether];
+
+    template <int Q, int H>
+    static DLB_INLINE void load_codes(const uint8_t* low, const uint8_t* high, Codes& codes) {
+        if constexpr (H < kTogether) {
+            constexpr int kAt = H * V::kLanes * 4;
+            codes[H] = code_quad<V, B0, B1, Q>(low + kAt, high + kAt);
+            if constexpr (kBias != 0) codes[H] = V::flip_sign(codes[H]);
+            load_codes<Q, H + 1>(low, high, codes);
         }
     }
 
-    static inline __attribute__((always_inline)) F load_scale(const LinearView& w, const uint8_t* table, int64_t index) {
+    template <int Q, int H, int T>
+    static DLB_INLINE void step_halves(const Codes& codes, I x, Dots& dots) {
+        if constexpr (H < kTogether) {
+            dots[H][T].template step<Q>(codes[H], x);
+            step_halves<Q, H + 1, T>(codes, x, dots);
+        }
+    }
+
+    template <int Q, int T>
+    DLB_INLINE void step_tokens(const Codes& codes, int64_t at, Dots& dots) const {
+        if constexpr (T < Tokens) {
+            step_halves<Q, 0, T>(codes, V::quad(q[T] + at + 4 * Q), dots);
+            step_tokens<Q, T + 1>(codes, at, dots);
+        }
+    }
+
+    template <int Q>
+    DLB_INLINE void step_quads(const uint8_t* low, const uint8_t* high, int64_t at, Dots& dots) const {
+        if constexpr (Q < kChunk / 4) {
+            Codes codes;
+            load_codes<Q, 0>(low, high, codes);
+            step_tokens<Q, 0>(codes, at, dots);
+            step_quads<Q + 1>(low, high, at, dots);
+        }
+    }
+
+    template <int H, int T>
+    static DLB_INLINE void clear(Dots& dots) {
+        if constexpr (H < kTogether) {
+            dots[H][T].clear();
+            clear<T + 1 < Tokens ? H : H + 1, T + 1 < Tokens ? T + 1 : 0>(dots);
+        }
+    }
+
+    static DLB_INLINE F load_scale(const LinearView& w, const uint8_t* table, int64_t index) {
         return w.scale_type == DLB_SCALE_FP16 ? V::scale16(table + 2 * index) : V::scale32(table + 4 * index);
     }
 
     // What is subtracted from every code, so that the sum of q has to be taken out that many times.
-    inline __attribute__((always_inline)) I centers(int64_t index) const {
+    DLB_INLINE I centers(int64_t index) const {
         if (w.offset == DLB_OFFSET_ZERO_POINT) return V::sub_32(V::widen_codes(panel + w.offset_offset + index), kBias);
         return V::set1_32((w.offset == DLB_OFFSET_NONE ? w.center : 0) - kBias);
     }
 
-    inline __attribute__((always_inline)) void add_block(int half, int64_t block, const Dot (&dot)[Tokens], F (&acc)[Tokens]) {
-        const int64_t index = block * w.scale_step * kPanelRows + half * V::kLanes;
-        const F w_scale = load_scale(w, panel, index);
-        const I center = centers(index);
-        unroll<0, Tokens>([&](auto t) __attribute__((always_inline)) {
-            const I exact = V::sub_scaled(dot[t.value].sum(), center, x_sum[t.value][block]);
-            const F scale = V::mul(w_scale, V::set1_f(x_scale[t.value][block]));
-            acc[t.value] = V::add(acc[t.value], V::mul(V::to_f(exact), scale));
-        });
-        if (w.offset != DLB_OFFSET_MIN) return;
+    template <int H, int T>
+    DLB_INLINE void add_tokens(int64_t block, const Dots& dots, F w_scale, I center, F (&acc)[Tokens]) const {
+        if constexpr (T < Tokens) {
+            const I exact = V::sub_scaled(dots[H][T].sum(), center, x_sum[T][block]);
+            const F scale = V::mul(w_scale, V::set1_f(x_scale[T][block]));
+            acc[T] = V::add(acc[T], V::mul(V::to_f(exact), scale));
+            add_tokens<H, T + 1>(block, dots, w_scale, center, acc);
+        }
+    }
+
+    void add_mins(int64_t block, int64_t index, F (&acc)[Tokens]) const {
         const F w_min = load_scale(w, panel + w.offset_offset, index);
-        unroll<0, Tokens>([&](auto t) __attribute__((always_inline)) {
-            const F scale = V::mul(w_min, V::set1_f(x_scale[t.value][block]));
-            const F sum = V::to_f(V::set1_32(x_sum[t.value][block]));
-            acc[t.value] = V::add(acc[t.value], V::mul(sum, scale));
-        });
+        for (int t = 0; t < Tokens; ++t) {
+            const F scale = V::mul(w_min, V::set1_f(x_scale[t][block]));
+            acc[t] = V::add(acc[t], V::mul(V::to_f(V::set1_32(x_sum[t][block])), scale));
+        }
+    }
+
+    template <int Half, int H>
+    DLB_INLINE void add_halves(int64_t block, const Dots& dots, F (&acc)[kHalves][Tokens]) const {
+        if constexpr (H < kTogether) {
+            const int64_t index = block * w.scale_step * kPanelRows + (Half + H) * V::kLanes;
+            add_tokens<H, 0>(block, dots, load_scale(w, panel, index), centers(index), acc[Half + H]);
+            if (w.offset == DLB_OFFSET_MIN) add_mins(block, index, acc[Half + H]);
+            add_halves<Half, H + 1>(block, dots, acc);
+        }
+    }
+
+    // acc += one block of `chunks` chunks from `first` on, for all halves.
+    template <int Half>
+    DLB_INLINE void add_block(int64_t block, int64_t first, int64_t chunks, F (&acc)[kHalves][Tokens]) const {
+        if constexpr (Half < kHalves) {
+            const uint8_t* low = panel + w.plane_offset[0] + first * B0 * kLineBytes + Half * V::kLanes * 4;
+            const uint8_t* high = panel + w.plane_offset[1] + first * B1 * kLineBytes + Half * V::kLanes * 4;
+            Dots dots;
+            clear<0, 0>(dots);
+            for (int64_t c = 0; c < chunks; ++c) {
+                if (stream) {
+                    for (int l = 0; l < B0; ++l) __builtin_prefetch(low + l * kLineBytes + V::kPrefetch);
+                    for (int l = 0; l < B1; ++l) __builtin_prefetch(high + l * kLineBytes + V::kPrefetch);
+                }
+                step_quads<0>(low, high, (first + c) * kChunk, dots);
+                low += B0 * kLineBytes;
+                high += B1 * kLineBytes;
+            }
+            add_halves<Half, 0>(block, dots, acc);
+            add_block<Half + kTogether>(block, first, chunks, acc);
+        }
     }
 
     void run_segment(int s, int64_t blocks) {
@@ -128,13 +170,7 @@ struct AffineTile {
         for (int64_t b = w.cuts[s]; b < w.cuts[s + 1]; ++b) {
             const int64_t first = b * w.block / kChunk;
             const int64_t chunks = b + 1 == blocks ? w.last_chunks : w.block / kChunk;
-            for (int half = 0; half < kHalves; half += kTogether) {
-                Dot dot[kTogether][Tokens];
-                for (int h = 0; h < kTogether; ++h)
-                    for (int t = 0; t < Tokens; ++t) dot[h][t].clear();
-                dots(half, first, chunks, dot);
-                for (int h = 0; h < kTogether; ++h) add_block(half + h, b, dot[h], acc[half + h]);
-            }
+            add_block<0>(b, first, chunks, acc);
         }
         for (int h = 0; h < kHalves; ++h)
             for (int t = 0; t < Tokens; ++t) value[s][h][t] = acc[h][t];
@@ -168,11 +204,11 @@ struct AffineTile {
 // The tokens [m, m + count), count <= Tokens, with the smallest tile that holds them.
 template <class V, int B0, int B1, int Tokens>
 inline void affine_tokens(const LinearView& w, const uint8_t* panel, const ActView& x, int64_t m, int64_t count,
-                          int64_t rows, float* y, int64_t y_stride) {
+                          bool first, int64_t rows, float* y, int64_t y_stride) {
     if constexpr (Tokens > 1) {
-        if (count < Tokens) return affine_tokens<V, B0, B1, Tokens - 1>(w, panel, x, m, count, rows, y, y_stride);
+        if (count < Tokens) return affine_tokens<V, B0, B1, Tokens - 1>(w, panel, x, m, count, first, rows, y, y_stride);
     }
-    AffineTile<V, B0, B1, Tokens> tile(w, panel, x, m);
+    AffineTile<V, B0, B1, Tokens> tile(w, panel, x, m, first);
     tile.run(x.blocks, rows, y, y_stride);
 }
 
@@ -184,7 +220,8 @@ void linear_affine(const LinearView& w, const ActView& x, int64_t panel_begin, i
         const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
         for (int64_t m = m_begin; m < m_end; m += V::kTokens) {
             const int64_t count = m_end - m < V::kTokens ? m_end - m : V::kTokens;
-            affine_tokens<V, B0, B1, V::kTokens>(w, panel, x, m, count, rows, y + m * y_stride + first, y_stride);
+            affine_tokens<V, B0, B1, V::kTokens>(w, panel, x, m, count, m == m_begin, rows, y + m * y_stride + first,
+                                                 y_stride);
         }
     }
 }

@@ -13,7 +13,7 @@ namespace {
 struct Avx512 {
     using I = __m512i;
     using F = __m512;
-    static constexpr int kLanes = 16, kHalves = 1, kPrefetch = 2048, kTokens = 8;
+    static constexpr int kLanes = 16, kHalves = 1, kPrefetch = 8192, kTokens = 8;
     static constexpr bool kSignedBytes = false;
 
     template <int Bits, int Tokens>
