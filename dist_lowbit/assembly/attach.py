@@ -13,12 +13,7 @@ from dist_lowbit.core.errors import UsageError
 from .save import save_low_bit
 
 # Arguments of transformers' save_pretrained that ask for what is done anyway.
-_HARMLESS = (
-    ("safe_serialization", True),
-    ("push_to_hub", False),
-    ("is_main_process", True),
-    ("is_main_process", False),
-)
+_HARMLESS = {"safe_serialization": (True,), "push_to_hub": (False,), "is_main_process": (True, False)}
 
 
 def attach(model: nn.Module) -> nn.Module:

@@ -35,6 +35,22 @@ class LowBitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.group_size = group_size
 
 
+class _Held(nn.Module):
+    """Stands in for a module whose weights transformers shall neither look for, nor allocate, nor initialise.
+
+    It has the parameters, on meta, for code that ties or initialises them by name, but no entry in a state dict.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+            self._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Add nothing."""
+
+
 class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads a directory written by save_low_bit or convert."""
 
@@ -44,8 +60,8 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         # Every Linear and embedding gives way, so that transformers allocates and initialises none of them.
         self._places = {name: model.get_submodule(name) for name in linears(model)}
         self._places |= {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-        for name in self._places:
-            set_submodule(model, name, nn.Identity())
+        for name, module in self._places.items():
+            set_submodule(model, name, _Held(module))
         self._ignored = getattr(model, "_keys_to_ignore_on_load_missing", None)
         model._keys_to_ignore_on_load_missing = [r".*"]  # type: ignore[assignment]
         return model

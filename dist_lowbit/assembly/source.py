@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from dist_lowbit.checkpoint import TensorSource
 from dist_lowbit.comm import Group
@@ -27,7 +30,30 @@ def source_weights(model: nn.Module, source: TensorSource, recipe: Recipe) -> So
     own = embeddings(model)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     aliases = tied | {kept: name for name, kept in tied.items()}
+    renamed = _renamed(model, source)
+    aliases = {name: renamed.get(other, other) for name, other in aliases.items()} | renamed
     return SourceWeights(source, lambda name: form_under(recipe, name, name in own), transposed_linears(model), aliases)
+
+
+def _renamed(model: nn.Module, source: TensorSource) -> dict[str, str]:
+    """Return the names of a model that its files spell in another way, as transformers does on loading.
+
+    Tensors that it also joins or reshapes are left out.
+    """
+    state = model.state_dict()
+    if not isinstance(model, PreTrainedModel) or all(name in source for name in state):
+        return {}
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    found = {}
+    for name in source:
+        if name in state:
+            continue
+        own, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if own in state and converted is None:
+            found[own] = name
+    return found
 
 
 def source_target(model: nn.Module, recipe: Recipe, tp: int) -> tuple[Target, frozenset[str]]:
