@@ -1,0 +1,46 @@
+"""Ranks, and the models that they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.comm.harness import Farm
+from tests.e2e.tiny import FAMILIES, write_stranger, write_tiny
+
+# One thread a rank: up to eight ranks share the machine. Results do not depend on it.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+Ranks = Callable[..., dict[int, Any]]
+
+
+@pytest.fixture(scope="session")
+def model_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    """Ranks that run the bodies of this folder."""
+    helper = Farm(tmp_path_factory.mktemp("ranks"), bodies="tests.e2e.bodies")
+    yield helper
+    helper.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(model_farm: Farm) -> Callable[..., tuple[Path, list[Any]]]:
+    """Return a function that runs a body on some ranks and returns their folder and each rank's value."""
+
+    def run(body: str, size: int, timeout: float = 100.0, **args: Any) -> tuple[Path, list[Any]]:
+        outcome = model_farm.run(body, size, args, timeout=timeout, environ=ONE_THREAD)
+        assert not outcome.late, f"ranks {outcome.late} did not end\n{outcome.output}"
+        assert not outcome.errors, "\n".join([*outcome.errors.values(), outcome.output])
+        return outcome.folder, [outcome.values[rank] for rank in range(size)]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the directories of the tiny models, by family."""
+    folder = tmp_path_factory.mktemp("tiny")
+    models = {family: str(write_tiny(folder, family)) for family in FAMILIES}
+    return models | {"gpt2": str(write_stranger(folder))}
