@@ -40,9 +40,7 @@ def main() -> None:
         inputs = tokenizer(args.prompt, return_tensors="pt")
         torch.manual_seed(args.seed)  # the ranks hold the same logits, bit for bit: with one seed they draw alike
         streamer = TextStreamer(tokenizer, skip_special_tokens=True) if group.rank == 0 else None
-        output = model.generate(
-            **inputs, max_new_tokens=args.max_new_tokens, do_sample=args.sample, streamer=streamer
-        )
+        output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=args.sample, streamer=streamer)
         tokens = output[0].tolist()
         if any(other != tokens for other in group.gather_object(tokens)):
             raise DistLowbitError(f"rank {group.rank}: the ranks chose different tokens")

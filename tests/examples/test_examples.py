@@ -1,0 +1,116 @@
+"""The examples do what they say: on one rank and on two, under every launcher that is here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from dist_lowbit.launcher.runners import RUNNERS
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = ROOT / "examples"
+GREEDY = ("--max-new-tokens", "12")
+SAMPLED = (*GREEDY, "--sample", "--seed", "5")
+
+
+def run(*command: object, **more: str) -> str:
+    """Run a command outside the checkout and return its stdout."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+    # The launchers of this environment come first on PATH, as in an activated one.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=110, env=env, cwd="/", check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@cache
+def alone(*words: str) -> str:
+    """Return what generate.py says on one rank."""
+    return run(sys.executable, EXAMPLES / "generate.py", *words).strip()
+
+
+Style = Callable[[], list[object]]
+STYLES: dict[str, Style] = {
+    "local": lambda: [sys.executable, "-m", "dist_lowbit.cli", "run", "-n", 2, "--no-prefix"],
+    "torchrun": lambda: [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2],
+    "mpirun": lambda: [shutil.which("mpirun", path=launchers()), "-n", 2, sys.executable],
+    "deepspeed": lambda: [shutil.which("deepspeed", path=launchers()), "--num_accelerators", 2],
+}
+
+
+def launchers() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def check(style: str, words: tuple[str, ...]) -> None:
+    why_not = RUNNERS[style]().why_not()
+    if why_not is not None:
+        pytest.skip(f"--style {style} cannot be used: {why_not}")
+    said = run(*STYLES[style](), EXAMPLES / "generate.py", *words, DS_ACCELERATOR="cpu")
+    # deepspeed and Intel MPI add lines of their own around the text.
+    assert said.count(alone(*words)) == 1, said
+
+
+def test_generate_has_at_most_sixty_lines() -> None:
+    assert len((EXAMPLES / "generate.py").read_text().splitlines()) <= 60
+
+
+def test_generate_on_two_ranks_says_what_one_says() -> None:
+    assert alone(*GREEDY).startswith("Once upon a time")
+    check("local", GREEDY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("style", STYLES)
+def test_generate_under_every_launcher(style: str, words: tuple[str, ...]) -> None:
+    check(style, words)
+
+
+@pytest.mark.slow
+def test_sampling_is_not_greedy() -> None:
+    assert alone(*GREEDY) != alone(*SAMPLED)
+
+
+def test_save_from_two_ranks_and_load_on_one(tmp_path: Path) -> None:
+    script = EXAMPLES / "save_and_load.py"
+    saved = run(*STYLES["local"](), script, "--save", tmp_path / "story")
+    assert len(list((tmp_path / "story").glob("lowbit-*-of-00002.safetensors"))) == 2
+    loaded = run(sys.executable, script, "--load", tmp_path / "story")
+    assert saved.startswith("2 rank(s), sum of the logits ")
+    assert loaded.startswith("1 rank(s), ")
+    assert saved.split(",")[1] == loaded.split(",")[1]
+
+
+def test_any_module() -> None:
+    said = run(sys.executable, EXAMPLES / "optimize_any_module.py")
+    assert float(said.split()[2]) > 0.99
+    assert "loaded equals saved: True" in said
+
+
+@pytest.mark.slow
+def test_whisper() -> None:
+    pytest.importorskip("whisper", reason="openai-whisper is not installed")
+    assert "loaded says the same: True" in run(sys.executable, EXAMPLES / "whisper_transcribe.py")
+
+
+@pytest.mark.slow
+def test_a_bad_model_is_a_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "generate.py", "--model", "/nowhere"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: /nowhere does not exist; expected a model directory or a hub id\n"
