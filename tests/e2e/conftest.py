@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.comm.harness import Farm
 from tests.e2e.tiny import FAMILIES, write_stranger, write_tiny
@@ -44,3 +45,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("tiny")
     models = {family: str(write_tiny(folder, family)) for family in FAMILIES}
     return models | {"gpt2": str(write_stranger(folder))}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Run torch's own operations on the calling thread: its pool costs more than these small models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
