@@ -32,10 +32,6 @@ class LowBitState:
     group: Group
     kept: frozenset[str]  # planned modules that were left as they are
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LowBitState:
-        # A copy of a model runs in the same group: the connection to other processes has no second copy.
-        return self
-
 
 def state_of(model: nn.Module) -> LowBitState | None:
     """Return what build noted on a model, None for a model it has not built."""

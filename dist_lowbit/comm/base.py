@@ -193,6 +193,10 @@ class BaseGroup(ABC):
         self._store = None
         return was
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A copy of a model runs in the same group: the connection to other processes has no second copy.
+        return self
+
     def __enter__(self) -> Self:
         return self
 

@@ -21,7 +21,7 @@ from dist_lowbit.engine.session import open_session
 from dist_lowbit.formats import FORMATS, PackedWeight, dequantize, quantize
 from dist_lowbit.optimize import load_low_bit, low_memory_init, optimize_model
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding
-from tests.bounds import cast_bound, reorder_bound
+from tests.bounds import cast_bound, exact_linear, linear_bound, reorder_bound
 from tests.comm.harness import Job
 from tests.parallel.split_cases import CASES, local_x, operands, part, split_of
 
@@ -211,7 +211,7 @@ def load_fails(job: Job) -> Any:
 
 
 def kept(job: Job) -> Any:
-    """Quantize with modules kept; return the modules that are low-bit, with their formats, and logits."""
+    """Quantize models with modules kept; return their formats, digests, and what is wrong with weights and logits."""
     result = []
     with init_group() as group:
         for entry in job.args["models"]:
@@ -221,16 +221,26 @@ def kept(job: Job) -> Any:
                 tensor_parallel=group,
                 modules_to_not_convert=entry["keep"],
             )
-            twin = copy.deepcopy(model)
+            source = transformers.AutoModelForCausalLM.from_pretrained(entry["model"], dtype="auto")
             found = stages(model, PROMPT, FORCED)
-            again = stages(twin, PROMPT, FORCED)
-            result.append(
-                {
-                    "formats": {n: m.format for n, m in model.named_modules() if isinstance(m, LowBitLinear)},
-                    "embedding": [str(m.weight.dtype) for m in model.modules() if isinstance(m, ParallelEmbedding)],
-                    "logits": {stage: digest(value) for stage, value in found.items()},
-                    "copy": all(torch.equal(found[stage], again[stage]) for stage in found),
-                    "values": [found[stage].flatten().tolist() for stage in found],
-                }
-            )
+            again = stages(copy.deepcopy(model), PROMPT, FORCED)
+            one = {
+                "formats": {n: m.format for n, m in model.named_modules() if isinstance(m, LowBitLinear)},
+                "linears": sorted(n for n, m in source.named_modules() if type(m).__name__ in ("Linear", "Conv1D")),
+                "embedding": [str(m.weight.dtype) for m in model.modules() if isinstance(m, ParallelEmbedding)],
+                "logits": {stage: digest(value) for stage, value in found.items()},
+                "copies agree": all(torch.equal(found[stage], again[stage]) for stage in found),
+            }
+            if "lm_head" in entry["keep"]:
+                one |= _kept_head(model, source, found["prefill"])
+            result.append(one)
     return result
+
+
+def _kept_head(model: Any, source: Any, logits: torch.Tensor) -> dict[str, Any]:
+    """Compare the logits of a head that was kept with its product in fp64; return the digest of its input, too."""
+    with torch.inference_mode():
+        x = model.model(torch.tensor(PROMPT)).last_hidden_state[0]
+    weight = quantize(source.lm_head.weight.detach(), "fp16")  # its own dtype: exact
+    error = (logits[0].double() - exact_linear(x, weight)).abs()
+    return {"head": bool((error <= linear_bound(x, weight, "fp32")).all()), "hidden": digest(x)}

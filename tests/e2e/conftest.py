@@ -28,7 +28,7 @@ def model_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
 
 @pytest.fixture(scope="session")
 def ranks(model_farm: Farm) -> Callable[..., tuple[Path, list[Any]]]:
-    """Return a function that runs a body on some ranks and returns their folder and each rank's value."""
+    """Return a function that runs a body on ranks and returns their folder (with what they say) and values."""
 
     def run(body: str, size: int, timeout: float = 100.0, **args: Any) -> tuple[Path, list[Any]]:
         outcome = model_farm.run(body, size, args, timeout=timeout, environ=ONE_THREAD)
