@@ -14,6 +14,8 @@ import torch
 
 from dist_lowbit.formats import Format, PackedWeight, dequantize
 from dist_lowbit.formats.quantizer import error_bound
+from dist_lowbit.ops.codebooks import integer_table
+from dist_lowbit.ops.reference import exact_codes
 
 U = 2.0**-24
 _ETA = 2.0**-149  # the smallest fp32 number: what one operation can lose by underflow
@@ -38,6 +40,21 @@ def exact_linear(x_MK: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     return x_MK.double() @ dequantize(weight).double().T
 
 
+def read_weight(weight: PackedWeight) -> torch.Tensor:
+    """Return the weights that a kernel of codes multiplies with, fp64 [N, K]: codebooks as integer tables."""
+    table = integer_table(weight.format)
+    if table is None:
+        return dequantize(weight).double()
+    return torch.tensor(table[0], dtype=torch.float64)[weight.codes().int()] * table[1] * _spread(weight, "scale")
+
+
+def _spread(weight: PackedWeight, part: str) -> torch.Tensor:
+    """Return a part of the groups for every weight, fp64 [N, K]."""
+    k = weight.shape[1]
+    group = k if weight.group_size == -1 else weight.group_size
+    return weight.tensors()[part].double().repeat_interleave(max(group, 1), 1)[:, :k]
+
+
 def activation_error(x_MK: torch.Tensor, block: int) -> torch.Tensor:
     """Bound |x - q x_scale| of one activation in each summation block, fp64 [M, B]: half a step of amax / 127.
 
@@ -50,7 +67,7 @@ def activation_error(x_MK: torch.Tensor, block: int) -> torch.Tensor:
 
 def activation_bound(x_MK: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """Bound what rounding the activations to int8 costs, fp64 [M, N]: activation_error sum|w|, over the blocks."""
-    w_NB = _blocks(dequantize(weight), weight.block).abs().sum(-1)
+    w_NB = _blocks(read_weight(weight), weight.block).abs().sum(-1)
     return activation_error(x_MK, weight.block) @ w_NB.T * _OWN
 
 
@@ -63,14 +80,14 @@ def _block_terms(x_MK: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor
     parts, block = weight.tensors(), weight.block
     x_MBG = _blocks(x_MK, block)
     slack = activation_error(x_MK, block)
-    codes = weight.codes().double() - weight.format.center
+    codes, table = weight.codes().double() - weight.format.center, integer_table(weight.format)
     if weight.format.offset == "zero_point":
-        zero = parts["zero_point"].double()
-        group = weight.shape[1] if weight.group_size == -1 else weight.group_size
-        codes = codes - zero.repeat_interleave(max(group, 1), 1)[:, : weight.shape[1]]
+        codes = codes - _spread(weight, "zero_point")
+    if table is not None:
+        codes = torch.tensor(table[0], dtype=torch.float64)[weight.codes().int()]
     c_NBG = _blocks(codes, block)
     count = c_NBG.shape[1]
-    scale_NB = parts["scale"].double().abs().expand(-1, count)
+    scale_NB = parts["scale"].double().abs().expand(-1, count) * (1.0 if table is None else table[1])
     total = torch.zeros(x_MK.shape[0], weight.shape[0], dtype=torch.float64)
     for b in range(count):
         dot = (x_MBG[:, b] @ c_NBG[:, b].T).abs() + slack[:, b, None] * c_NBG[:, b].abs().sum(-1)
@@ -83,10 +100,10 @@ def _block_terms(x_MK: torch.Tensor, weight: PackedWeight) -> tuple[torch.Tensor
 
 def _sum_bound(x_MK: torch.Tensor, weight: PackedWeight, compute: str) -> torch.Tensor:
     """Bound what computing the terms and adding them in fp32 costs, in any order of the blocks, fp64 [M, N]."""
-    if compute == "int8" and weight.format.integer:
+    if compute == "int8" and exact_codes(weight.format):
         total, count = _block_terms(x_MK, weight)
-        # float(dot), w_scale * x_scale and their product: 3 roundings a term, then at most count additions.
-        return (gamma(count + 3) * total + 4 * count * _ETA * 2.0**31) * _OWN
+        # float(dot), w_scale * multiplier * x_scale, their product: 4 roundings a term, then at most count additions.
+        return (gamma(count + 4) * total + 4 * count * _ETA * 2.0**31) * _OWN
     # Elements: a product and at most K - 1 additions (FMA only saves roundings); 4 more where a kernel takes codes,
     # centre, scale and min out of the sum.
     magnitude = x_MK.double().abs() @ dequantize(weight).double().abs().T
@@ -96,11 +113,14 @@ def _sum_bound(x_MK: torch.Tensor, weight: PackedWeight, compute: str) -> torch.
 def linear_bound(x_MK: torch.Tensor, weight: PackedWeight, compute: str = "int8") -> torch.Tensor:
     """Bound |run(x, weight) - exact_linear(x, weight)|, fp64 [M, N], before bias and cast.
 
-    `compute`: "int8" (activations rounded per summation block; formats that are not integer ignore it) or "fp32".
+    `compute`: "int8" (activations rounded per summation block; formats without codes ignore it) or "fp32".
     """
     assert compute in ("int8", "fp32")
     bound = _sum_bound(x_MK, weight, compute)
-    if compute == "int8" and weight.format.integer:
+    if compute == "int8" and exact_codes(weight.format):
+        # What rounding a codebook to a table costs, beyond what that does to the activations' part.
+        table = x_MK.double().abs() @ (read_weight(weight) - dequantize(weight).double()).abs().T
+        bound = bound + table * _OWN
         # dequantize rounds c * scale + min once, the kernel takes both apart: u |w|.
         apart = U * x_MK.double().abs() @ dequantize(weight).double().abs().T
         bound = bound + activation_bound(x_MK, weight) + (apart * _OWN if weight.format.offset == "min" else 0)

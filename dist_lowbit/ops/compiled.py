@@ -1,4 +1,4 @@
-"""The kernel of the compiled library: integer formats on x86-64, activations rounded to int8 per block."""
+"""The kernel of the compiled library on x86-64: codes meet activations rounded to int8 per block, floats meet fp32."""
 
 from __future__ import annotations
 
@@ -11,31 +11,51 @@ from dist_lowbit.core.native import native_why_not
 from dist_lowbit.formats import PackedWeight
 from dist_lowbit.formats.packed import part_layout
 
+from .codebooks import bad_codes, float_element, integer_table
 from .library import CLinearParts, CLinearSpec, library
 from .spec import LinearSpec
 
+_AFFINE, _TABLE, _ELEMENT = range(3)  # enum dlb_codec
 _OFFSETS = {"none": 0, "min": 1, "zero_point": 2}
 _SCALES = {torch.float16: 0, torch.float32: 1}
+_NO_SCALE = 2
+_FLOAT8 = {"e5m2": 0, "e4m3": 1}
+_CASTS = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 _REFUSALS = {-1: "the parts do not fit the spec", -2: "the buffer is no prepacked weight", -3: "memory is exhausted"}
 
 
 def _c_spec(spec: LinearSpec) -> CLinearSpec:
+    """Return the spec as the library reads it; a codec of -1 is one that it lacks."""
     row = spec.format
-    out = CLinearSpec(n=spec.n, k=spec.k, group_size=spec.group_size, bits=row.bits, center=row.center)
+    out = CLinearSpec(n=spec.n, k=spec.k, group_size=spec.group_size, codec=-1, bits=row.bits)
     out.offset, out.scale = _OFFSETS[row.offset], _SCALES.get(row.scale_dtype, -1)
     out.cuts[:] = spec.cuts
+    table, element = integer_table(row), float_element(row)
+    if row.integer:
+        out.codec, out.center = _AFFINE, row.center
+    elif table is not None:
+        out.codec, out.multiplier = _TABLE, table[1]
+        out.table[: len(table[0])] = table[0]
+    elif element is not None:
+        out.codec, out.element, out.multiplier = _ELEMENT, _FLOAT8[element[0]], element[1]
+    elif row.dtype in _CASTS:
+        out.codec, out.element, out.scale = _ELEMENT, _CASTS[row.dtype], _NO_SCALE
     return out
 
 
 def _parts(weight: PackedWeight) -> tuple[CLinearParts, list[torch.Tensor]]:
     """Return pointers to a weight's parts, and the tensors that must live as long as they are used."""
     tensors = {name: tensor.contiguous() for name, tensor in weight.tensors().items()}
-    parts = CLinearParts(scale=tensors["scale"].data_ptr())
-    for i in range(len(weight.format.planes)):
-        parts.planes[i] = tensors[f"plane{i}"].data_ptr()
-    for name in ("min", "zero_point"):
-        if name in tensors:
-            parts.offset = tensors[name].data_ptr()
+    parts = CLinearParts()
+    for name, tensor in tensors.items():
+        if name in ("values", "plane0"):
+            parts.planes[0] = tensor.data_ptr()
+        elif name == "plane1":
+            parts.planes[1] = tensor.data_ptr()
+        elif name == "scale":
+            parts.scale = tensor.data_ptr()
+        else:
+            parts.offset = tensor.data_ptr()
     return parts, list(tensors.values())
 
 
@@ -50,17 +70,16 @@ class Compiled:
     name = "cpu"
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        """Return why not: no library, another device, fp32 activations, or a format that is not integers."""
+        """Return why not: no library, another device, fp32 activations for codes, or an unknown codec."""
         lib = library()
         if lib is None:
             return native_why_not()
         if spec.device != "cpu":
             return f"it runs on the CPU, not on {spec.device}"
-        if spec.compute != "int8":
-            return f"it rounds activations to int8, and {spec.compute} was asked for"
-        if not spec.format.integer:
-            return f"it takes integer formats, and {spec.format.name} is a {spec.format.codec}"
-        why = lib.dlb_linear_why_not(ctypes.byref(_c_spec(spec)))
+        c_spec = _c_spec(spec)
+        if spec.compute != "int8" and c_spec.codec in (_AFFINE, _TABLE):
+            return f"it rounds activations to int8 for {spec.format.name}, and {spec.compute} was asked for"
+        why = lib.dlb_linear_why_not(ctypes.byref(c_spec))
         return None if why is None else why.decode()
 
     def prepack(self, weight: PackedWeight, spec: LinearSpec) -> torch.Tensor:
@@ -68,6 +87,9 @@ class Compiled:
         lib, c_spec = library(), _c_spec(spec)
         if lib is None or weight.shape != (spec.n, spec.k) or weight.format != spec.format:
             raise KernelError(f"a {weight.format.name} weight {weight.shape} does not fit {spec}")
+        bad = bad_codes(weight.format)
+        if bad and bool(torch.isin(weight.codes(), torch.tensor(bad, dtype=torch.uint8)).any()):
+            raise KernelError(f"a {weight.format.name} weight {weight.shape} holds NaN or infinity")
         opaque = torch.empty(lib.dlb_linear_packed_bytes(ctypes.byref(c_spec)), dtype=torch.uint8)
         parts, alive = _parts(weight)
         _check(lib.dlb_linear_prepack(ctypes.byref(c_spec), ctypes.byref(parts), opaque.data_ptr()), "prepack")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int8, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 
 from dist_lowbit.core.errors import UsageError
@@ -18,8 +18,8 @@ class CLinearSpec(ctypes.Structure):
 
     _fields_ = (
         [(name, c_int64) for name in ("n", "k", "group_size")]
-        + [(name, c_int32) for name in ("codec", "bits", "offset", "center", "scale", "reserved")]
-        + [("cuts", c_int64 * 9)]
+        + [(name, c_int32) for name in ("codec", "bits", "offset", "center", "scale", "element")]
+        + [("multiplier", c_float), ("table", c_int8 * 16), ("reserved", c_int32), ("cuts", c_int64 * 9)]
     )
 
 

@@ -1,13 +1,15 @@
 """The plain-torch kernel: the definition of every result, written to be read, never to be fast.
 
-Integer formats with int8 activations, per summation block b of a row of x (docs/numerics.md):
+Formats of codes with int8 activations, per summation block b of a row of x (docs/numerics.md):
 
     inv = 127 / max|x|    q = rne(x inv)    x_scale = max|x| / 127    sum = sum q
     dot = sum q (c - center)    or  sum q c - zero_point sum          exact integers
     acc = acc + float(dot) (w_scale x_scale)  [+ float(sum) (min x_scale)]       each operation rounded to fp32
 
 blocks in sequence within a segment, then a balanced tree over the eight segments in which an empty one leaves its
-neighbour as it is. All other formats, and compute="fp32": fp32 products of the dequantized weights, the same segments.
+neighbour as it is. A codebook of at most 16 entries puts its table's integers in the place of c - center and
+w_scale * multiplier in that of w_scale (codebooks.integer_table). All other formats, and compute="fp32": fp32 products
+of the dequantized weights, the same segments.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from typing import Any
 import torch
 
 from dist_lowbit.core.errors import KernelError
-from dist_lowbit.formats import FORMATS, PackedWeight, dequantize
+from dist_lowbit.formats import FORMATS, Format, PackedWeight, dequantize
 
+from .codebooks import integer_table
 from .spec import SEGMENTS, LinearSpec
 
 TINY = 1e-30  # a block whose largest magnitude is below counts as zero: 127 / TINY is still finite
@@ -69,8 +72,21 @@ class _Columns:
         return self.parts[name][:, 0 if self.per_row else block].float()[None, :]
 
 
-def _integer_segment(x: torch.Tensor, weight: PackedWeight, codes: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    row, columns = weight.format, _Columns(weight)
+def exact_codes(format: Format) -> bool:
+    """Return whether int8 activations meet this format's codes in exact dot products."""
+    return format.integer or integer_table(format) is not None
+
+
+def _centered(weight: PackedWeight) -> torch.Tensor:
+    """Return the integers [N, K], fp64, that the codes stand for before a zero point or a min is taken into account."""
+    table = integer_table(weight.format)
+    if table is None:
+        return weight.codes().double() - weight.format.center
+    return torch.tensor(table[0], dtype=torch.float64, device=weight.codes().device)[weight.codes().int()]
+
+
+def _segment(x: torch.Tensor, weight: PackedWeight, codes: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    row, columns, table = weight.format, _Columns(weight), integer_table(weight.format)
     acc = torch.zeros(x.shape[0], weight.shape[0], device=x.device)
     for at in range(start, stop, weight.block):
         block, end = at // weight.block, min(at + weight.block, stop)
@@ -78,12 +94,13 @@ def _integer_segment(x: torch.Tensor, weight: PackedWeight, codes: torch.Tensor,
         # Sums of integers far below 2^53: fp64 holds them exactly in whatever order.
         q64 = q.double()
         total = q64.sum(-1, keepdim=True)
-        dot = q64 @ codes[:, at:end].double().T
-        if row.offset == "none":
-            dot = dot - row.center * total
-        elif row.offset == "zero_point":
+        dot = q64 @ codes[:, at:end].T
+        if row.offset == "zero_point":
             dot = dot - columns.get("zero_point", block).double() * total
-        acc = acc + dot.float() * (columns.get("scale", block) * x_scale)
+        scale = columns.get("scale", block)
+        if table is not None:
+            scale = scale * torch.tensor(table[1], device=x.device)
+        acc = acc + dot.float() * (scale * x_scale)
         if row.offset == "min":
             acc = acc + total.float() * (columns.get("min", block) * x_scale)
     return acc
@@ -91,18 +108,16 @@ def _integer_segment(x: torch.Tensor, weight: PackedWeight, codes: torch.Tensor,
 
 def linear(x: torch.Tensor, weight: PackedWeight, cuts: Sequence[int], compute: str) -> torch.Tensor:
     """Return fp32 [M, N], the product of fp32 activations [M, K] with a packed weight (see the module)."""
-    exact = weight.format.integer and compute == "int8"
-    codes = weight.codes() if exact else None
-    values = None if exact else dequantize(weight)
+    rounded = compute == "int8" and exact_codes(weight.format)
+    operand = _centered(weight) if rounded else dequantize(weight)
     segments: list[torch.Tensor | None] = []
     for start, stop in pairwise(cuts):
         if start == stop:
             segments.append(None)
-        elif codes is not None:
-            segments.append(_integer_segment(x, weight, codes, start, stop))
+        elif rounded:
+            segments.append(_segment(x, weight, operand, start, stop))
         else:
-            assert values is not None
-            segments.append(x[:, start:stop] @ values[:, start:stop].T)
+            segments.append(x[:, start:stop] @ operand[:, start:stop].T)
     total = segment_tree(segments)
     return torch.zeros(x.shape[0], weight.shape[0], device=x.device) if total is None else total
 

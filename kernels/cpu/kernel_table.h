@@ -10,6 +10,7 @@ constexpr int kPanelRows = 16;  // rows of N stored together
 constexpr int kLineBytes = 64;  // 16 rows x 4 bytes: the unit of every plane (see layout.h)
 constexpr int kSegments = 8;
 constexpr int kMaxBits = 8;
+constexpr int kElements = 5;
 
 // A packed weight, its geometry resolved. Offsets are bytes from the start of a panel.
 struct LinearView {
@@ -25,6 +26,9 @@ struct LinearView {
   int32_t center;      // subtracted from every code where offset is none
   int32_t offset;      // dlb_offset
   int32_t scale_type;  // dlb_scale
+  int32_t element;     // dlb_element
+  float multiplier;    // of every scale of a table or of elements
+  uint8_t table[16];   // 128 + the integer that a code stands for
   int32_t scale_step;  // groups per block: 1, or 0 where one scale serves the whole row
 };
 
@@ -44,12 +48,18 @@ using QuantizeFn = void (*)(const float* x, int64_t k, int64_t block, int8_t* q,
 using LinearFn = void (*)(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end,
                           int64_t m_begin, int64_t m_end, float* y, int64_t y_stride);
 
+// The same for elements and fp32 activations x[m, k].
+using ElementFn = void (*)(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin,
+                           int64_t panel_end, int64_t m_begin, int64_t m_end, float* y, int64_t y_stride);
+
 using ReadFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 
 struct KernelTable {
   const char* name;
   QuantizeFn quantize;
   LinearFn linear_affine[kMaxBits + 1];  // by bits of a code
+  LinearFn linear_table[kMaxBits + 1];   // by bits of a code, at most 4
+  ElementFn linear_element[kElements];   // by dlb_element
   ReadFn read_all;
 };
 

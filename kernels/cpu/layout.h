@@ -1,4 +1,4 @@
-// The one prepacked layout of integer and codebook weights, shared by every ISA.
+// The prepacked layouts, shared by every ISA.
 //
 //   header | panel 0 | panel 1 | ...          a panel: 16 rows of N (the last one padded with zeros), all of K
 //   panel  = scales | mins or zero points | plane 0 | plane 1          each part starts on 64 bytes
@@ -6,7 +6,9 @@
 //   plane of b bits = lines of 64 bytes; byte (r, j) of line l holds the codes k = (l * 8/b + t) * 4 + j of row r,
 //                     t = 0 .. 8/b - 1, at bits [b t, b t + b)
 //
-// So 32 elements of K (a chunk) take b lines of every plane, a shift and a mask turn a line into 16 rows x 4 codes, four
+// Elements (fp8, fp16, bf16, fp32) have one plane instead: [k][16 rows], each element as it is stored.
+//
+// So 32 codes of K (a chunk) take b lines of every plane, a shift and a mask turn a line into 16 rows x 4 codes, four
 // bytes of activations broadcast meet them in maddubs, dpbusd or a tile, and no ISA ever sums across lanes.
 #pragma once
 
@@ -18,6 +20,7 @@
 namespace dlb {
 
 constexpr int kChunk = 32;
+static_assert(kElements == DLB_ELEMENTS, "the table of kernels lacks an element");
 constexpr int64_t kHeaderBytes = 256;
 constexpr int64_t kMaxBlock = 32768;  // 255 * 127 * 32768 < 2^31: a block's dot product fits int32
 
@@ -31,7 +34,7 @@ struct PackedHeader {
 static_assert(sizeof(PackedHeader) <= kHeaderBytes, "the header has outgrown its room");
 
 constexpr char kMagic[8] = {'d', 'l', 'b', 'p', 'a', 'c', 'k', 0};
-constexpr uint32_t kLayoutVersion = 1;
+constexpr uint32_t kLayoutVersion = 2;
 constexpr uint32_t kLayoutPanels = 1;
 
 // Planes of a code, low bits first; {0, 0} for widths that no format has.
@@ -46,7 +49,11 @@ static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b
 
 static inline int64_t block_of(const dlb_linear_spec& s) { return s.group_size == -1 ? 64 : s.group_size; }
 static inline int64_t groups_of(const dlb_linear_spec& s) {
+    if (s.scale == DLB_SCALE_NONE) return 0;
     return s.group_size == -1 ? 1 : ceil_div(s.k, s.group_size);
+}
+static inline int64_t element_bytes(const dlb_linear_spec& s) {
+    return s.element == DLB_FP32 ? 4 : s.element >= DLB_FP16 ? 2 : 1;
 }
 static inline int64_t scale_bytes(const dlb_linear_spec& s) { return s.scale == DLB_SCALE_FP32 ? 4 : 2; }
 static inline int64_t offset_bytes(const dlb_linear_spec& s) {
@@ -67,11 +74,20 @@ static inline LinearView view_of(const dlb_linear_spec& s, const void* packed) {
     v.center = s.center;
     v.offset = s.offset;
     v.scale_type = s.scale;
+    v.element = s.element;
+    v.multiplier = s.multiplier;
+    for (int i = 0; i < 16; ++i) v.table[i] = static_cast<uint8_t>(128 + s.table[i]);
+    if (s.codec == DLB_TABLE) v.center = 128;
     v.scale_step = s.group_size == -1 ? 0 : 1;
     for (int i = 0; i <= kSegments; ++i) v.cuts[i] = ceil_div(s.cuts[i], v.block);
     int64_t at = round_up(groups_of(s) * kPanelRows * scale_bytes(s), kLineBytes);
     v.offset_offset = at;
     at += round_up(groups_of(s) * kPanelRows * offset_bytes(s), kLineBytes);
+    if (s.codec == DLB_ELEMENT) {
+        v.plane_offset[0] = at;
+        v.panel_bytes = at + round_up(s.k * kPanelRows * element_bytes(s), kLineBytes);
+        return v;
+    }
     for (int p = 0; p < 2; ++p) {
         v.plane_offset[p] = at;
         at += ceil_div(s.k, kChunk) * kPlanes[s.bits].bits[p] * kLineBytes;

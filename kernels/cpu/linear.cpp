@@ -1,11 +1,15 @@
 // Runs a packed Linear: activations to int8 once, then panels of 16 rows on the pool.
 //
-// The arithmetic, the same in every ISA to the last bit (docs/numerics.md): per summation block of a row of x
+// The arithmetic for codes, the same in every ISA to the last bit (docs/numerics.md): per summation block of a row of x
 //   inv = 127 / max|x|, q = rne(x inv), x_scale = max|x| / 127, sum = sum q
 //   dot = sum q (c - center)  or  sum q c - zero_point sum  (int32, exact)
 //   acc = acc + float(dot) (w_scale x_scale) [+ float(sum) (min x_scale)]      every operation rounded to fp32
 // blocks in sequence within a segment, then a balanced tree over the eight segments, empty ones left out. A block with
-// NaN or Inf gives NaN; one below 1e-30 counts as zero, so that no reciprocal overflows.
+// NaN or Inf gives NaN; one below 1e-30 counts as zero, so that no reciprocal overflows. A table replaces c - center by its
+// integer and w_scale by w_scale multiplier.
+//
+// For elements x stays fp32: four sums by k mod 4 in each block, by FMA where the ISA has it (so in all but scalar), then
+// (s0 + s1) + (s2 + s3), times w_scale multiplier where there are scales; blocks and segments as above.
 #include <stdlib.h>
 
 #include "layout.h"
@@ -66,23 +70,45 @@ void quantize_rows(const KernelTable& table, const LinearView& w, const float* x
     parallel(m, rows_at_a_time, body);
 }
 
-void multiply(const KernelTable& table, const LinearView& w, const ActView& x, int64_t m, float* y, int64_t y_stride) {
-    const LinearFn run = table.linear_affine[w.bits];
+// Cut M and N into tasks: body(panel_begin, panel_end, m_begin, m_end). token_bytes: of one row of activations.
+template <class Body>
+void for_tiles(const LinearView& w, int64_t m, int64_t token_bytes, const Body& body) {
     const int64_t panels = ceil_div(w.n, kPanelRows);
     // Tokens at a time: what the L2 cache holds, in multiples of 24, which every ISA's tiles divide.
-    const int64_t fit = kActivationBytes / (x.q_stride + 8 * x.blocks);
+    const int64_t fit = kActivationBytes / token_bytes;
     const int64_t m_step = m <= fit ? m : (fit < 24 ? 24 : fit / 24 * 24);
     int64_t panel_step = ceil_div(kPanelsBytes, w.panel_bytes * (m_step < 8 ? 1 : m_step / 4));
     if (w.n * w.k * m < kSerialWork) panel_step = panels;
     const int64_t panel_tasks = ceil_div(panels, panel_step), m_tasks = ceil_div(m, m_step);
-    auto body = [&](int64_t begin, int64_t end) {
+    auto tasks = [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t p = task % panel_tasks * panel_step, i = task / panel_tasks * m_step;
-            run(w, x, p, p + panel_step < panels ? p + panel_step : panels, i, i + m_step < m ? i + m_step : m, y,
-                y_stride);
+            body(p, p + panel_step < panels ? p + panel_step : panels, i, i + m_step < m ? i + m_step : m);
         }
     };
-    parallel(panel_tasks * m_tasks, 1, body);
+    parallel(panel_tasks * m_tasks, 1, tasks);
+}
+
+int run_codes(const KernelTable& table, const dlb_linear_spec& spec, const LinearView& view, const float* x,
+              int64_t x_stride, int64_t m, float* y, int64_t y_stride) {
+    const Activations activations(m, spec.k, view.block);
+    if (activations.q == nullptr) return DLB_NO_MEMORY;
+    quantize_rows(table, view, x, x_stride, m, activations);
+    const LinearFn run = (spec.codec == DLB_TABLE ? table.linear_table : table.linear_affine)[spec.bits];
+    const ActView a = activations.view();
+    for_tiles(view, m, a.q_stride + 8 * a.blocks, [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) {
+        run(view, a, p0, p1, m0, m1, y, y_stride);
+    });
+    return DLB_OK;
+}
+
+int run_elements(const KernelTable& table, const LinearView& view, const float* x, int64_t x_stride, int64_t m, float* y,
+                 int64_t y_stride) {
+    const ElementFn run = table.linear_element[view.element];
+    for_tiles(view, m, view.k * 4, [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) {
+        run(view, x, x_stride, p0, p1, m0, m1, y, y_stride);
+    });
+    return DLB_OK;
 }
 
 }  // namespace
@@ -100,11 +126,8 @@ DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, in
     }
     const dlb::KernelTable& table = dlb::active_table();
     const dlb::LinearView view = dlb::view_of(spec, packed);
-    const dlb::Activations activations(m, spec.k, view.block);
-    if (activations.q == nullptr) return DLB_NO_MEMORY;
-    dlb::quantize_rows(table, view, x, x_stride, m, activations);
-    dlb::multiply(table, view, activations.view(), m, y, y_stride);
-    return DLB_OK;
+    if (spec.codec == DLB_ELEMENT) return dlb::run_elements(table, view, x, x_stride, m, y, y_stride);
+    return dlb::run_codes(table, spec, view, x, x_stride, m, y, y_stride);
 }
 
 DLB_API uint64_t dlb_read_all(const void* data, int64_t bytes) {

@@ -8,13 +8,26 @@
 namespace dlb {
 namespace {
 
-const char* why_not(const dlb_linear_spec& s) {
-    if (s.codec != DLB_AFFINE) return "the codec is not affine";
+const char* codec_why_not(const dlb_linear_spec& s) {
+    if (s.codec == DLB_ELEMENT) {
+        if (s.element < 0 || s.element >= DLB_ELEMENTS) return "the kind of element is unknown";
+        if (s.offset != DLB_OFFSET_NONE) return "elements have no offset";
+        return s.scale == DLB_SCALE_NONE && s.group_size != -1 ? "there are groups but no scales" : nullptr;
+    }
+    if (s.codec != DLB_AFFINE && s.codec != DLB_TABLE) return "the codec is unknown";
     if (s.bits < 1 || s.bits > kMaxBits || kPlanes[s.bits].bits[0] == 0) return "codes are not 1, 2, 3, 4, 5, 6 or 8 bits";
-    if (s.offset < DLB_OFFSET_NONE || s.offset > DLB_OFFSET_ZERO_POINT) return "the kind of offset is unknown";
-    if (s.scale != DLB_SCALE_FP16 && s.scale != DLB_SCALE_FP32) return "scales are neither fp16 nor fp32";
-    if (s.n < 0 || s.k < 0) return "a dimension is negative";
+    if (s.scale == DLB_SCALE_NONE) return "codes need scales";
+    if (s.codec == DLB_TABLE && s.bits > 4) return "a table has more than 16 entries";
+    if (s.codec == DLB_TABLE && s.offset != DLB_OFFSET_NONE) return "a table has no offset";
     if (s.center < 0 || s.center > 255) return "the center code does not fit 8 bits";
+    return nullptr;
+}
+
+const char* why_not(const dlb_linear_spec& s) {
+    if (const char* why = codec_why_not(s)) return why;
+    if (s.offset < DLB_OFFSET_NONE || s.offset > DLB_OFFSET_ZERO_POINT) return "the kind of offset is unknown";
+    if (s.scale < DLB_SCALE_FP16 || s.scale > DLB_SCALE_NONE) return "scales are neither fp16 nor fp32";
+    if (s.n < 0 || s.k < 0) return "a dimension is negative";
     if (s.group_size != -1 && (s.group_size < kChunk || s.group_size % kChunk != 0))
         return "the group size is no multiple of 32";
     if (s.group_size > kMaxBlock) return "the group size is above 32768, where int32 dot products may overflow";
@@ -100,15 +113,22 @@ void plane_back(int bits, const uint8_t* panel, int64_t k, int rows, uint8_t* pl
     if (bits == 8) plane_from_panel<8>(panel, k, rows, plane);
 }
 
-// [rows][groups] of `size` bytes each to [groups][16], or back.
-template <bool Back>
-void transpose(uint8_t* canonical, uint8_t* panel, int64_t groups, int rows, int64_t size) {
-    for (int r = 0; r < rows; ++r)
-        for (int64_t g = 0; g < groups; ++g) {
-            uint8_t* a = canonical + (r * groups + g) * size;
-            uint8_t* b = panel + (g * kPanelRows + r) * size;
-            memcpy(Back ? a : b, Back ? b : a, static_cast<size_t>(size));
+// [rows][columns] of elements to [columns][16], or back.
+template <bool Back, int Size>
+void transpose_of(uint8_t* canonical, uint8_t* panel, int64_t columns, int rows) {
+    for (int64_t c = 0; c < columns; ++c)
+        for (int r = 0; r < rows; ++r) {
+            uint8_t* a = canonical + (r * columns + c) * Size;
+            uint8_t* b = panel + (c * kPanelRows + r) * Size;
+            memcpy(Back ? a : b, Back ? b : a, Size);
         }
+}
+
+template <bool Back>
+void transpose(uint8_t* canonical, uint8_t* panel, int64_t columns, int rows, int64_t size) {
+    if (size == 1) transpose_of<Back, 1>(canonical, panel, columns, rows);
+    if (size == 2) transpose_of<Back, 2>(canonical, panel, columns, rows);
+    if (size == 4) transpose_of<Back, 4>(canonical, panel, columns, rows);
 }
 
 // Move one panel in the direction that Back says.
@@ -118,7 +138,12 @@ void move_panel(const dlb_linear_spec& s, const LinearView& v, const dlb_linear_
     const int64_t first = index * kPanelRows, groups = groups_of(s);
     const int rows = static_cast<int>(s.n - first < kPanelRows ? s.n - first : kPanelRows);
     const auto at = [&](void* part, int64_t row_bytes) { return static_cast<uint8_t*>(part) + first * row_bytes; };
-    transpose<Back>(at(parts.scale, groups * scale_bytes(s)), panel, groups, rows, scale_bytes(s));
+    if (groups > 0) transpose<Back>(at(parts.scale, groups * scale_bytes(s)), panel, groups, rows, scale_bytes(s));
+    if (s.codec == DLB_ELEMENT) {
+        const int64_t size = element_bytes(s);
+        transpose<Back>(at(parts.planes[0], s.k * size), panel + v.plane_offset[0], s.k, rows, size);
+        return;
+    }
     if (s.offset != DLB_OFFSET_NONE)
         transpose<Back>(at(parts.offset, groups * offset_bytes(s)), panel + v.offset_offset, groups, rows,
                         offset_bytes(s));
@@ -138,7 +163,7 @@ void move_panel(const dlb_linear_spec& s, const LinearView& v, const dlb_linear_
 bool parts_given(const dlb_linear_spec& s, const dlb_linear_parts& parts) {
     const bool codes = s.n > 0 && s.k > 0, groups = s.n > 0 && groups_of(s) > 0;
     return (!codes || parts.planes[0] != nullptr) &&
-           (!codes || kPlanes[s.bits].bits[1] == 0 || parts.planes[1] != nullptr) &&
+           (!codes || s.codec == DLB_ELEMENT || kPlanes[s.bits].bits[1] == 0 || parts.planes[1] != nullptr) &&
            (!groups || parts.scale != nullptr) && (!groups || s.offset == DLB_OFFSET_NONE || parts.offset != nullptr);
 }
 

@@ -9,12 +9,15 @@ import torch
 from bounds import exact_linear, linear_bound
 
 from dist_lowbit import ops
+from dist_lowbit.core.errors import KernelError
 from dist_lowbit.formats import FORMATS, PackedWeight, quantize
 from dist_lowbit.ops import reference
+from dist_lowbit.ops.codebooks import bad_codes, integer_table
 from dist_lowbit.ops.library import start_pool
 from dist_lowbit.ops.threads import ThreadPlan
 
-INTEGER = [name for name, row in FORMATS.items() if row.integer]
+CODES = [name for name, row in FORMATS.items() if reference.exact_codes(row)]
+ELEMENTS = [name for name in FORMATS if name not in CODES]
 TOKENS = (1, 2, 3, 4, 5, 17, 33)
 SHAPES = [(7, 1), (1, 32), (8, 64), (33, 100), (64, 256), (33, 576)]  # (N, K)
 
@@ -44,7 +47,7 @@ def isa_names() -> list[str]:
     return [name for name, supported, _ in ops.isas() if supported]
 
 
-@pytest.mark.parametrize("format", INTEGER)
+@pytest.mark.parametrize("format", CODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_reference_for_every_isa_thread_and_m(
     format: str, shape: tuple[int, int], library: ctypes.CDLL, generator: torch.Generator
@@ -101,7 +104,7 @@ def apply(weight: PackedWeight, x: torch.Tensor, cuts: tuple[int, ...] | None = 
     return ops.linear(x, kernel.prepack(weight, spec), kernel.name, spec.n)
 
 
-@pytest.mark.parametrize("format", INTEGER)
+@pytest.mark.parametrize("format", CODES)
 @pytest.mark.parametrize("k", [64, 576, 1000])
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_the_tree_over_ranks_gives_the_whole(
@@ -147,10 +150,42 @@ def test_result_is_within_the_derived_bound(
     x = torch.randn(7, 300, generator=generator) * torch.logspace(-3, 3, 7)[:, None]
     spec = ops.LinearSpec.of(weight, compute=compute)
     bound = linear_bound(x, weight, compute)
-    for kernel in ops.KERNELS:
-        if kernel.why_not(spec) is None:
-            y = run(kernel, x, kernel.prepack(weight, spec), 24)
-            assert ((y.double() - exact_linear(x, weight)).abs() <= bound).all(), kernel.name
+    for isa in isa_names():
+        ops.select_isa(isa)
+        for kernel in ops.KERNELS:
+            if kernel.why_not(spec) is None:
+                y = run(kernel, x, kernel.prepack(weight, spec), 24)
+                assert ((y.double() - exact_linear(x, weight)).abs() <= bound).all(), f"{kernel.name} {isa}"
+
+
+def test_a_table_holds_what_its_codebook_says() -> None:
+    for row in FORMATS.values():
+        table = integer_table(row)
+        if table is None:
+            continue
+        largest = max(map(abs, row.codebook))
+        assert max(map(abs, table[0])) <= 127
+        for integer, value in zip(table[0], row.codebook, strict=True):
+            # Half a step of 1/127, and the multiplier's own rounding.
+            assert abs(integer * table[1] - value) <= largest * (0.5 / 127 + 2.0**-24)
+    assert integer_table(FORMATS["fp4"]) == (tuple(int(v * 16) for v in FORMATS["fp4"].codebook), 1 / 16)
+
+
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+def test_every_code_of_a_float_element_is_read_exactly(format: str, library: ctypes.CDLL) -> None:
+    row = FORMATS[format]
+    finite = [code for code in range(256) if code not in bad_codes(row)]
+    codes = torch.tensor(finite, dtype=torch.uint8)[:, None]
+    tensors = {"plane0": codes, "scale": torch.ones(len(finite), 1, dtype=torch.float16)}
+    weight = PackedWeight.from_tensors(row, (len(finite), 1), -1, tensors)
+    for isa in isa_names():
+        ops.select_isa(isa)
+        assert torch.equal(apply(weight, torch.ones(1, 1))[0], torch.tensor([row.codebook[code] for code in finite]))
+    broken = PackedWeight.from_tensors(row, (1, 1), -1, {
+        "plane0": torch.tensor([[bad_codes(row)[0]]], dtype=torch.uint8), "scale": torch.ones(1, 1, dtype=torch.float16)
+    })  # fmt: skip
+    with pytest.raises(KernelError, match="NaN or infinity"):
+        apply(broken, torch.ones(1, 1))
 
 
 def test_activations_below_the_least_maximum_count_as_zero(library: ctypes.CDLL) -> None:

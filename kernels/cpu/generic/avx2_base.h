@@ -14,6 +14,10 @@ struct Base256 {
     template <int S>
     static inline I sll16(I a) { return _mm256_slli_epi16(a, S); }
     static inline I flip_sign(I a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
+    static inline I load_table(const uint8_t* p) {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static inline I lookup(I entries, I codes) { return _mm256_shuffle_epi8(entries, codes); }
     static inline I quad(const int8_t* p) {
         int32_t four;
         __builtin_memcpy(&four, p, 4);
@@ -37,6 +41,22 @@ struct Base256 {
     static inline F scale16(const uint8_t* p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
+    static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static inline F element(Const<DLB_E5M2>, const uint8_t* p) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+        return _mm256_cvtph_ps(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes));
+    }
+    // Sign, four bits of exponent and three of mantissa at the places of fp16, whose exponent counts from 15 and not 7.
+    static inline F element(Const<DLB_E4M3>, const uint8_t* p) {
+        const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<short>(0xbfff))));
+    }
+    static inline F element(Const<DLB_FP16>, const uint8_t* p) { return scale16(p); }
+    static inline F element(Const<DLB_BF16>, const uint8_t* p) {
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    static inline F element(Const<DLB_FP32>, const uint8_t* p) { return scale32(p); }
     static inline F scale32(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
 };
 

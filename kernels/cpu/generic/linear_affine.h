@@ -1,8 +1,9 @@
-// The integer Linear for any vector ISA. For inclusion within an anonymous namespace of an ISA file, which provides a
+// The Linear of integer codes for any vector ISA. For inclusion within an anonymous namespace of an ISA file, which provides a
 // struct V:
 //   I, F                        vectors of bytes and of floats, kLanes floats wide; kHalves = 16 / kLanes
 //   kTokens                     rows of x that share one decoding of the weights, at most
 //   kSignedBytes                whether codes of 8 bits are handed to Dot as c - 128
+//   load_table lookup           a table of 16 bytes, and its entries at the codes
 //   kPrefetch                   bytes ahead of their use that weights are asked for
 //   load and_ or_ set1_8 srl16<s> sll16<s> quad zero_f      quad: four bytes of x in every lane
 //   Dot<bits, tokens>           exact int32 sums: clear(), step<q>(w, x) for q = 0 .. 7 of a chunk, sum()
@@ -29,18 +30,21 @@ DLB_INLINE typename V::I code_quad(const uint8_t* low, const uint8_t* high) {
     return code;
 }
 
-template <class V, int B0, int B1, int Tokens>
+// With Table, a code is an index: the table holds 128 + the integer, so what follows is a format of 8 bits, centered.
+template <class V, int B0, int B1, bool Table, int Tokens>
 struct AffineTile {
     using I = typename V::I;
     using F = typename V::F;
-    using Dot = typename V::template Dot<B0 + B1, Tokens>;
+    static constexpr bool kBytes = Table || B0 == 8;
+    using Dot = typename V::template Dot<kBytes ? 8 : B0 + B1, Tokens>;
     static constexpr int kHalves = V::kHalves;
     // Few tokens: both halves of a line at once, so that memory is read in order. Many: registers are dearer.
     static constexpr int kTogether = Tokens <= 2 ? kHalves : 1;
-    static constexpr int kBias = (B0 == 8 && V::kSignedBytes) ? 128 : 0;
+    static constexpr int kBias = (kBytes && V::kSignedBytes) ? 128 : 0;
 
     const LinearView& w;
     const uint8_t* panel;
+    const I table;
     const int8_t* q[Tokens];
     const float* x_scale[Tokens];
     const int32_t* x_sum[Tokens];
@@ -48,7 +52,7 @@ struct AffineTile {
     F value[kSegments][kHalves][Tokens];
 
     DLB_INLINE AffineTile(const LinearView& view, const uint8_t* panel_, const ActView& x, int64_t m, bool first)
-        : w(view), panel(panel_), stream(first) {
+        : w(view), panel(panel_), table(table_of(view)), stream(first) {
         for (int t = 0; t < Tokens; ++t) {
             q[t] = x.q + (m + t) * x.q_stride;
             x_scale[t] = x.scale + (m + t) * x.blocks;
@@ -56,15 +60,24 @@ struct AffineTile {
         }
     }
 
+    static DLB_INLINE I table_of(const LinearView& view) {
+        const I entries = V::load_table(view.table);
+        if constexpr (kBias != 0) return V::flip_sign(entries);
+        return entries;
+    }
+
     using Dots = Dot[kTogether][Tokens];
     using Codes = I[kTogether];
 
     template <int Q, int H>
-    static DLB_INLINE void load_codes(const uint8_t* low, const uint8_t* high, Codes& codes) {
+    DLB_INLINE void load_codes(const uint8_t* low, const uint8_t* high, Codes& codes) const {
         if constexpr (H < kTogether) {
             constexpr int kAt = H * V::kLanes * 4;
             codes[H] = code_quad<V, B0, B1, Q>(low + kAt, high + kAt);
-            if constexpr (kBias != 0) codes[H] = V::flip_sign(codes[H]);
+            if constexpr (Table)
+                codes[H] = V::lookup(table, codes[H]);
+            else if constexpr (kBias != 0)
+                codes[H] = V::flip_sign(codes[H]);
             load_codes<Q, H + 1>(low, high, codes);
         }
     }
@@ -103,8 +116,10 @@ struct AffineTile {
         }
     }
 
-    static DLB_INLINE F load_scale(const LinearView& w, const uint8_t* table, int64_t index) {
-        return w.scale_type == DLB_SCALE_FP16 ? V::scale16(table + 2 * index) : V::scale32(table + 4 * index);
+    DLB_INLINE F load_scale(const uint8_t* scales, int64_t index) const {
+        F scale = w.scale_type == DLB_SCALE_FP16 ? V::scale16(scales + 2 * index) : V::scale32(scales + 4 * index);
+        if constexpr (Table) scale = V::mul(scale, V::set1_f(w.multiplier));
+        return scale;
     }
 
     // What is subtracted from every code, so that the sum of q has to be taken out that many times.
@@ -124,7 +139,7 @@ struct AffineTile {
     }
 
     void add_mins(int64_t block, int64_t index, F (&acc)[Tokens]) const {
-        const F w_min = load_scale(w, panel + w.offset_offset, index);
+        const F w_min = load_scale(panel + w.offset_offset, index);
         for (int t = 0; t < Tokens; ++t) {
             const F scale = V::mul(w_min, V::set1_f(x_scale[t][block]));
             acc[t] = V::add(acc[t], V::mul(V::to_f(V::set1_32(x_sum[t][block])), scale));
@@ -135,7 +150,7 @@ struct AffineTile {
     DLB_INLINE void add_halves(int64_t block, const Dots& dots, F (&acc)[kHalves][Tokens]) const {
         if constexpr (H < kTogether) {
             const int64_t index = block * w.scale_step * kPanelRows + (Half + H) * V::kLanes;
-            add_tokens<H, 0>(block, dots, load_scale(w, panel, index), centers(index), acc[Half + H]);
+            add_tokens<H, 0>(block, dots, load_scale(panel, index), centers(index), acc[Half + H]);
             if (w.offset == DLB_OFFSET_MIN) add_mins(block, index, acc[Half + H]);
             add_halves<Half, H + 1>(block, dots, acc);
         }
@@ -175,44 +190,47 @@ struct AffineTile {
         for (int h = 0; h < kHalves; ++h)
             for (int t = 0; t < Tokens; ++t) value[s][h][t] = acc[h][t];
     }
-
-    void run(int64_t blocks, int64_t rows, float* y, int64_t y_stride) {
-        bool present[kSegments];
-        for (int s = 0; s < kSegments; ++s) {
-            present[s] = w.cuts[s] < w.cuts[s + 1];
-            if (present[s]) run_segment(s, blocks);
-        }
-        F* flat = value[0][0];
-        constexpr int kSize = kHalves * Tokens;
-        segment_tree(
-            present,
-            [&](int a, int b) {
-                for (int i = 0; i < kSize; ++i) flat[a * kSize + i] = V::add(flat[a * kSize + i], flat[b * kSize + i]);
-            },
-            [&](int a, int b) {
-                for (int i = 0; i < kSize; ++i) flat[a * kSize + i] = flat[b * kSize + i];
-            });
-        for (int t = 0; t < Tokens; ++t) {
-            float row[kPanelRows];
-            float* out = rows == kPanelRows ? y + t * y_stride : row;
-            for (int h = 0; h < kHalves; ++h) V::store(out + h * V::kLanes, value[0][h][t]);
-            if (out == row) memcpy(y + t * y_stride, row, static_cast<size_t>(rows) * sizeof(float));
-        }
-    }
 };
 
+// Add the segments of a tile in the tree and store `rows` results of each token.
+template <class V, int Tokens>
+inline void finish_tile(const LinearView& w, typename V::F (&value)[kSegments][V::kHalves][Tokens], int64_t rows, float* y,
+                        int64_t y_stride) {
+    using F = typename V::F;
+    bool present[kSegments];
+    for (int s = 0; s < kSegments; ++s) present[s] = w.cuts[s] < w.cuts[s + 1];
+    F* flat = value[0][0];
+    constexpr int kSize = V::kHalves * Tokens;
+    segment_tree(
+        present,
+        [&](int a, int b) {
+            for (int i = 0; i < kSize; ++i) flat[a * kSize + i] = V::add(flat[a * kSize + i], flat[b * kSize + i]);
+        },
+        [&](int a, int b) {
+            for (int i = 0; i < kSize; ++i) flat[a * kSize + i] = flat[b * kSize + i];
+        });
+    for (int t = 0; t < Tokens; ++t) {
+        float row[kPanelRows];
+        float* out = rows == kPanelRows ? y + t * y_stride : row;
+        for (int h = 0; h < V::kHalves; ++h) V::store(out + h * V::kLanes, value[0][h][t]);
+        if (out == row) memcpy(y + t * y_stride, row, static_cast<size_t>(rows) * sizeof(float));
+    }
+}
+
 // The tokens [m, m + count), count <= Tokens, with the smallest tile that holds them.
-template <class V, int B0, int B1, int Tokens>
+template <class V, int B0, int B1, bool Table, int Tokens>
 inline void affine_tokens(const LinearView& w, const uint8_t* panel, const ActView& x, int64_t m, int64_t count,
                           bool first, int64_t rows, float* y, int64_t y_stride) {
     if constexpr (Tokens > 1) {
-        if (count < Tokens) return affine_tokens<V, B0, B1, Tokens - 1>(w, panel, x, m, count, first, rows, y, y_stride);
+        if (count < Tokens) return affine_tokens<V, B0, B1, Table, Tokens - 1>(w, panel, x, m, count, first, rows, y, y_stride);
     }
-    AffineTile<V, B0, B1, Tokens> tile(w, panel, x, m, first);
-    tile.run(x.blocks, rows, y, y_stride);
+    AffineTile<V, B0, B1, Table, Tokens> tile(w, panel, x, m, first);
+    for (int s = 0; s < kSegments; ++s)
+        if (w.cuts[s] < w.cuts[s + 1]) tile.run_segment(s, x.blocks);
+    finish_tile<V, Tokens>(w, tile.value, rows, y, y_stride);
 }
 
-template <class V, int B0, int B1>
+template <class V, int B0, int B1, bool Table = false>
 void linear_affine(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end, int64_t m_begin,
                    int64_t m_end, float* y, int64_t y_stride) {
     for (int64_t p = panel_begin; p < panel_end; ++p) {
@@ -220,7 +238,7 @@ void linear_affine(const LinearView& w, const ActView& x, int64_t panel_begin, i
         const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
         for (int64_t m = m_begin; m < m_end; m += V::kTokens) {
             const int64_t count = m_end - m < V::kTokens ? m_end - m : V::kTokens;
-            affine_tokens<V, B0, B1, V::kTokens>(w, panel, x, m, count, m == m_begin, rows, y + m * y_stride + first,
+            affine_tokens<V, B0, B1, Table, V::kTokens>(w, panel, x, m, count, m == m_begin, rows, y + m * y_stride + first,
                                                  y_stride);
         }
     }
@@ -235,4 +253,8 @@ void fill_affine(KernelTable& table) {
     table.linear_affine[5] = linear_affine<V, 4, 1>;
     table.linear_affine[6] = linear_affine<V, 4, 2>;
     table.linear_affine[8] = linear_affine<V, 8, 0>;
+    table.linear_table[1] = linear_affine<V, 1, 0, true>;
+    table.linear_table[2] = linear_affine<V, 2, 0, true>;
+    table.linear_table[3] = linear_affine<V, 2, 1, true>;
+    table.linear_table[4] = linear_affine<V, 4, 0, true>;
 }

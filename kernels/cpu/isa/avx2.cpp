@@ -8,11 +8,12 @@
 namespace dlb {
 namespace {
 
+#include "../generic/const.h"
 #include "../generic/avx2_base.h"
 #include "../generic/tree.h"
 
 struct Avx2 : Base256 {
-    static constexpr int kTokens = 4;
+    static constexpr int kTokens = 4, kElementTokens = 3;
     static constexpr bool kSignedBytes = true;
 
     // A pair of products is at most 2 * 127 * (2^bits - 1), so this many pairs fit an int16: 8 of 4 bits (30480),
@@ -37,6 +38,7 @@ struct Avx2 : Base256 {
 };
 
 #include "../generic/linear_affine.h"
+#include "../generic/linear_element.h"
 
 }  // namespace
 
@@ -44,6 +46,7 @@ void fill_avx2(KernelTable& table) {
     table.quantize = quantize_row;
     table.read_all = read_lines;
     fill_affine<Avx2>(table);
+    fill_element<Avx2>(table);
 }
 
 }  // namespace dlb

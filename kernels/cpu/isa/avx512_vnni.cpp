@@ -8,12 +8,13 @@
 namespace dlb {
 namespace {
 
+#include "../generic/const.h"
 #include "../generic/tree.h"
 
 struct Avx512 {
     using I = __m512i;
     using F = __m512;
-    static constexpr int kLanes = 16, kHalves = 1, kPrefetch = 8192, kTokens = 8;
+    static constexpr int kLanes = 16, kHalves = 1, kPrefetch = 8192, kTokens = 8, kElementTokens = 6;
     static constexpr bool kSignedBytes = false;
 
     template <int Bits, int Tokens>
@@ -40,6 +41,10 @@ struct Avx512 {
     static inline I srl16(I a) { return _mm512_srli_epi16(a, S); }
     template <int S>
     static inline I sll16(I a) { return _mm512_slli_epi16(a, S); }
+    static inline I load_table(const uint8_t* p) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static inline I lookup(I entries, I codes) { return _mm512_shuffle_epi8(entries, codes); }
     static inline I quad(const int8_t* p) {
         int32_t four;
         __builtin_memcpy(&four, p, 4);
@@ -64,12 +69,33 @@ struct Avx512 {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
     static inline F scale32(const uint8_t* p) { return _mm512_loadu_ps(p); }
+    static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static inline F element(Const<DLB_E5M2>, const uint8_t* p) {
+        const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm512_cvtph_ps(_mm256_slli_epi16(wide, 8));
+    }
+    // Sign, four bits of exponent and three of mantissa at the places of fp16, whose exponent counts from 15 and not 7.
+    static inline F element(Const<DLB_E4M3>, const uint8_t* p) {
+        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        const __m256i keep = _mm256_set1_epi16(static_cast<short>(0xbfff));
+        return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), keep));
+    }
+    static inline F element(Const<DLB_FP16>, const uint8_t* p) { return scale16(p); }
+    static inline F element(Const<DLB_BF16>, const uint8_t* p) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static inline F element(Const<DLB_FP32>, const uint8_t* p) { return scale32(p); }
 };
 
 #include "../generic/linear_affine.h"
+#include "../generic/linear_element.h"
 
 }  // namespace
 
-void fill_avx512_vnni(KernelTable& table) { fill_affine<Avx512>(table); }
+void fill_avx512_vnni(KernelTable& table) {
+    fill_affine<Avx512>(table);
+    fill_element<Avx512>(table);
+}
 
 }  // namespace dlb

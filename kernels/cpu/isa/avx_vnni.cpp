@@ -8,6 +8,7 @@
 namespace dlb {
 namespace {
 
+#include "../generic/const.h"
 #include "../generic/avx2_base.h"
 #include "../generic/tree.h"
 

@@ -52,7 +52,8 @@ void quantize(const float* x, int64_t k, int64_t block, int8_t* q, float* scale,
     memset(q + k, 0, static_cast<size_t>(round_up(k, kChunk) - k));
 }
 
-// The codes of one chunk, [16][32].
+// The codes of one chunk, [16][32]; of a table, 128 + the integers that they stand for.
+template <bool Table>
 void decode_chunk(const LinearView& w, const uint8_t* panel, int64_t chunk, uint8_t codes[kPanelRows][kChunk]) {
     memset(codes, 0, kPanelRows * kChunk);
     for (int p = 0, shift = 0; p < 2; ++p) {
@@ -69,6 +70,15 @@ void decode_chunk(const LinearView& w, const uint8_t* panel, int64_t chunk, uint
         }
         shift += b;
     }
+    if (!Table) return;
+    for (int r = 0; r < kPanelRows; ++r)
+        for (int i = 0; i < kChunk; ++i) codes[r][i] = w.table[codes[r][i]];
+}
+
+float load_float(const uint8_t* p) {
+    float value;
+    memcpy(&value, p, 4);
+    return value;
 }
 
 float load_scale(const LinearView& w, const uint8_t* table, int64_t index) {
@@ -77,12 +87,11 @@ float load_scale(const LinearView& w, const uint8_t* table, int64_t index) {
         memcpy(&half, table + 2 * index, 2);
         return half_to_float(half);
     }
-    float value;
-    memcpy(&value, table + 4 * index, 4);
-    return value;
+    return load_float(table + 4 * index);
 }
 
 // acc += the block's contribution, for one token and the panel's rows.
+template <bool Table>
 void add_block(const LinearView& w, const uint8_t* panel, int64_t block, const int32_t* dot, float x_scale, int32_t sum,
                float* acc) {
     const int64_t group = block * w.scale_step * kPanelRows;
@@ -91,15 +100,19 @@ void add_block(const LinearView& w, const uint8_t* panel, int64_t block, const i
         int32_t exact = dot[r];
         if (w.offset == DLB_OFFSET_NONE) exact -= w.center * sum;
         if (w.offset == DLB_OFFSET_ZERO_POINT) exact -= offsets[group + r] * sum;
-        acc[r] = acc[r] + static_cast<float>(exact) * (load_scale(w, panel, group + r) * x_scale);
+        float w_scale = load_scale(w, panel, group + r);
+        if (Table) w_scale = w_scale * w.multiplier;
+        acc[r] = acc[r] + static_cast<float>(exact) * (w_scale * x_scale);
         if (w.offset == DLB_OFFSET_MIN)
             acc[r] = acc[r] + static_cast<float>(sum) * (load_scale(w, offsets, group + r) * x_scale);
     }
 }
 
-// value[s][t][r]: the segments of `tokens` tokens, m_begin on.
+using Values = float[kSegments][kTokens][kPanelRows];  // a tile's segments
+
+template <bool Table>
 void run_segments(const LinearView& w, const uint8_t* panel, const ActView& x, int64_t m_begin, int tokens,
-                  float (*value)[kTokens][kPanelRows]) {
+                  Values& value) {
     uint8_t codes[kPanelRows][kChunk];
     for (int s = 0; s < kSegments; ++s) {
         memset(value[s], 0, sizeof value[s]);
@@ -108,7 +121,7 @@ void run_segments(const LinearView& w, const uint8_t* panel, const ActView& x, i
             const int64_t chunks = b + 1 == x.blocks ? w.last_chunks : w.block / kChunk;
             int32_t dot[kTokens][kPanelRows] = {};
             for (int64_t c = first; c < first + chunks; ++c) {
-                decode_chunk(w, panel, c, codes);
+                decode_chunk<Table>(w, panel, c, codes);
                 for (int t = 0; t < tokens; ++t) {
                     const int8_t* q = x.q + (m_begin + t) * x.q_stride + c * kChunk;
                     for (int r = 0; r < kPanelRows; ++r)
@@ -117,32 +130,85 @@ void run_segments(const LinearView& w, const uint8_t* panel, const ActView& x, i
             }
             for (int t = 0; t < tokens; ++t) {
                 const int64_t at = (m_begin + t) * x.blocks + b;
-                add_block(w, panel, b, dot[t], x.scale[at], x.sum[at], value[s][t]);
+                add_block<Table>(w, panel, b, dot[t], x.scale[at], x.sum[at], value[s][t]);
             }
         }
     }
 }
 
+// Add the segments of a tile in the tree and store the panel's rows of each token.
+void finish_tile(const LinearView& w, int64_t panel, int tokens, Values& value, float* y, int64_t y_stride) {
+    bool present[kSegments];
+    for (int s = 0; s < kSegments; ++s) present[s] = w.cuts[s] < w.cuts[s + 1];
+    float* flat = value[0][0];
+    constexpr int kSize = kTokens * kPanelRows;
+    segment_tree(
+        present,
+        [&](int a, int b) {
+            for (int i = 0; i < kSize; ++i) flat[a * kSize + i] += flat[b * kSize + i];
+        },
+        [&](int a, int b) { memcpy(flat + a * kSize, flat + b * kSize, kSize * sizeof(float)); });
+    const int64_t first = panel * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
+    for (int t = 0; t < tokens; ++t)
+        memcpy(y + t * y_stride + first, value[0][t], static_cast<size_t>(rows) * sizeof(float));
+}
+
+template <bool Table>
 void linear(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end, int64_t m_begin,
             int64_t m_end, float* y, int64_t y_stride) {
-    float value[kSegments][kTokens][kPanelRows];
+    Values value;
     for (int64_t p = panel_begin; p < panel_end; ++p)
         for (int64_t m = m_begin; m < m_end; m += kTokens) {
             const int tokens = static_cast<int>(m_end - m < kTokens ? m_end - m : kTokens);
-            run_segments(w, w.panels + p * w.panel_bytes, x, m, tokens, value);
-            bool present[kSegments];
-            for (int s = 0; s < kSegments; ++s) present[s] = w.cuts[s] < w.cuts[s + 1];
-            float* flat = value[0][0];
-            constexpr int kSize = kTokens * kPanelRows;
-            segment_tree(
-                present,
-                [&](int a, int b) {
-                    for (int i = 0; i < kSize; ++i) flat[a * kSize + i] += flat[b * kSize + i];
-                },
-                [&](int a, int b) { memcpy(flat + a * kSize, flat + b * kSize, kSize * sizeof(float)); });
-            const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
-            for (int t = 0; t < tokens; ++t)
-                memcpy(y + (m + t) * y_stride + first, value[0][t], static_cast<size_t>(rows) * sizeof(float));
+            run_segments<Table>(w, w.panels + p * w.panel_bytes, x, m, tokens, value);
+            finish_tile(w, p, tokens, value, y + m * y_stride, y_stride);
+        }
+}
+
+float load_element(int kind, const uint8_t* plane, int64_t index) {
+    if (kind == DLB_FP32) return load_float(plane + 4 * index);
+    if (kind == DLB_E5M2) return half_to_float(static_cast<uint16_t>(plane[index] << 8));
+    if (kind == DLB_E4M3) {
+        // Exponent and mantissa at the places of fp16, whose exponent counts from 15 and not 7.
+        const int byte = plane[index];
+        return 256.0f * half_to_float(static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7f) << 7));
+    }
+    uint16_t half;
+    memcpy(&half, plane + 2 * index, 2);
+    if (kind == DLB_FP16) return half_to_float(half);
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+// acc[r] += the elements [k, end) of one block times x.
+void add_element_block(const LinearView& w, const uint8_t* panel, int64_t block, int64_t k, int64_t end, const float* x,
+                       float* acc) {
+    float sum[4][kPanelRows] = {};
+    for (int64_t i = k; i < end; ++i)
+        for (int r = 0; r < kPanelRows; ++r)
+            sum[(i - k) % 4][r] += load_element(w.element, panel + w.plane_offset[0], i * kPanelRows + r) * x[i];
+    for (int r = 0; r < kPanelRows; ++r) {
+        float total = (sum[0][r] + sum[1][r]) + (sum[2][r] + sum[3][r]);
+        if (w.scale_type != DLB_SCALE_NONE)
+            total = total * (load_scale(w, panel, block * w.scale_step * kPanelRows + r) * w.multiplier);
+        acc[r] = acc[r] + total;
+    }
+}
+
+void linear_element(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin, int64_t panel_end,
+                    int64_t m_begin, int64_t m_end, float* y, int64_t y_stride) {
+    Values value;
+    for (int64_t p = panel_begin; p < panel_end; ++p)
+        for (int64_t m = m_begin; m < m_end; ++m) {
+            memset(value, 0, sizeof value);
+            for (int s = 0; s < kSegments; ++s)
+                for (int64_t b = w.cuts[s]; b < w.cuts[s + 1]; ++b) {
+                    const int64_t k = b * w.block, end = k + w.block < w.k ? k + w.block : w.k;
+                    add_element_block(w, w.panels + p * w.panel_bytes, b, k, end, x + m * x_stride, value[s][0]);
+                }
+            finish_tile(w, p, 1, value, y + m * y_stride, y_stride);
         }
 }
 
@@ -159,7 +225,11 @@ uint64_t read_all(const uint8_t* data, int64_t bytes) {
 
 void fill_scalar(KernelTable& table) {
     table.quantize = quantize;
-    for (int bits = 1; bits <= kMaxBits; ++bits) table.linear_affine[bits] = linear;
+    for (int bits = 1; bits <= kMaxBits; ++bits) {
+        table.linear_affine[bits] = linear<false>;
+        table.linear_table[bits] = linear<true>;
+    }
+    for (int kind = 0; kind < kElements; ++kind) table.linear_element[kind] = linear_element;
     table.read_all = read_all;
 }
 

@@ -1,0 +1,135 @@
+// The Linear of floating-point elements and fp32 activations for any vector ISA with FMA. For inclusion within an anonymous
+// namespace of an ISA file, after linear_affine.h; V also provides kElementTokens, fma and element(Const<kind>, p).
+
+template <class V, int Kind, int Tokens>
+struct ElementTile {
+    using F = typename V::F;
+    static constexpr int kHalves = V::kHalves, kSums = 4;
+    static constexpr int kBytes = Kind == DLB_FP32 ? 4 : Kind >= DLB_FP16 ? 2 : 1;
+    static constexpr int kStep = kPanelRows * kBytes;  // bytes of one k
+    // 2^8: what reading e4m3 as fp16 leaves out.
+    static constexpr float kFactor = Kind == DLB_E4M3 ? 256.0f : 1.0f;
+
+    const LinearView& w;
+    const uint8_t* panel;
+    const float* x[Tokens];
+    const bool stream;  // the first pass over these weights, which come from memory
+    F value[kSegments][kHalves][Tokens];
+
+    DLB_INLINE ElementTile(const LinearView& view, const uint8_t* panel_, const float* x_, int64_t x_stride, bool first)
+        : w(view), panel(panel_), stream(first) {
+        for (int t = 0; t < Tokens; ++t) x[t] = x_ + t * x_stride;
+    }
+
+    using Sums = F[kSums][Tokens];
+
+    template <int S, int T>
+    static DLB_INLINE void clear(Sums& sums) {
+        if constexpr (S < kSums) {
+            sums[S][T] = V::zero_f();
+            clear<T + 1 < Tokens ? S : S + 1, T + 1 < Tokens ? T + 1 : 0>(sums);
+        }
+    }
+
+    template <int S, int T>
+    DLB_INLINE void step_tokens(F weight, int64_t k, Sums& sums) const {
+        if constexpr (T < Tokens) {
+            sums[S][T] = V::fma(weight, V::set1_f(x[T][k + S]), sums[S][T]);
+            step_tokens<S, T + 1>(weight, k, sums);
+        }
+    }
+
+    // Count elements from k on, at most four: element k + s goes to sum s.
+    template <int S, int Count>
+    DLB_INLINE void step(const uint8_t* elements, int64_t k, Sums& sums) const {
+        if constexpr (S < Count) {
+            step_tokens<S, 0>(V::element(Const<Kind>{}, elements + S * kStep), k, sums);
+            step<S + 1, Count>(elements, k, sums);
+        }
+    }
+
+    template <int T>
+    DLB_INLINE void add_tokens(const Sums& sums, F scale, F (&acc)[Tokens]) const {
+        if constexpr (T < Tokens) {
+            F sum = V::add(V::add(sums[0][T], sums[1][T]), V::add(sums[2][T], sums[3][T]));
+            if (w.scale_type != DLB_SCALE_NONE) sum = V::mul(sum, scale);
+            acc[T] = V::add(acc[T], sum);
+            add_tokens<T + 1>(sums, scale, acc);
+        }
+    }
+
+    DLB_INLINE F scale_at(int64_t index) const {
+        if (w.scale_type == DLB_SCALE_NONE) return V::zero_f();
+        const F scale = w.scale_type == DLB_SCALE_FP16 ? V::scale16(panel + 2 * index) : V::scale32(panel + 4 * index);
+        return V::mul(scale, V::set1_f(w.multiplier * kFactor));
+    }
+
+    // acc += the elements [k, end) of one block, for one half after the other.
+    template <int Half>
+    DLB_INLINE void add_block(int64_t block, int64_t k, int64_t end, F (&acc)[kHalves][Tokens]) const {
+        if constexpr (Half < kHalves) {
+            const uint8_t* elements = panel + w.plane_offset[0] + k * kStep + Half * V::kLanes * kBytes;
+            Sums sums;
+            clear<0, 0>(sums);
+            int64_t at = k;
+            for (; at + kSums <= end; at += kSums, elements += kSums * kStep) {
+                if (stream && Half == 0)
+                    for (int i = 0; i < kSums * kStep; i += kLineBytes) __builtin_prefetch(elements + i + V::kPrefetch);
+                step<0, kSums>(elements, at, sums);
+            }
+            if (end - at == 1) step<0, 1>(elements, at, sums);
+            if (end - at == 2) step<0, 2>(elements, at, sums);
+            if (end - at == 3) step<0, 3>(elements, at, sums);
+            add_tokens<0>(sums, scale_at(block * w.scale_step * kPanelRows + Half * V::kLanes), acc[Half]);
+            add_block<Half + 1>(block, k, end, acc);
+        }
+    }
+
+    void run_segment(int s) {
+        F acc[kHalves][Tokens];
+        for (int h = 0; h < kHalves; ++h)
+            for (int t = 0; t < Tokens; ++t) acc[h][t] = V::zero_f();
+        for (int64_t b = w.cuts[s]; b < w.cuts[s + 1]; ++b) {
+            const int64_t k = b * w.block, end = k + w.block < w.k ? k + w.block : w.k;
+            add_block<0>(b, k, end, acc);
+        }
+        for (int h = 0; h < kHalves; ++h)
+            for (int t = 0; t < Tokens; ++t) value[s][h][t] = acc[h][t];
+    }
+};
+
+template <class V, int Kind, int Tokens>
+inline void element_tokens(const LinearView& w, const uint8_t* panel, const float* x, int64_t x_stride, int64_t count,
+                           bool first, int64_t rows, float* y, int64_t y_stride) {
+    if constexpr (Tokens > 1) {
+        if (count < Tokens)
+            return element_tokens<V, Kind, Tokens - 1>(w, panel, x, x_stride, count, first, rows, y, y_stride);
+    }
+    ElementTile<V, Kind, Tokens> tile(w, panel, x, x_stride, first);
+    for (int s = 0; s < kSegments; ++s)
+        if (w.cuts[s] < w.cuts[s + 1]) tile.run_segment(s);
+    finish_tile<V, Tokens>(w, tile.value, rows, y, y_stride);
+}
+
+template <class V, int Kind>
+void linear_element(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin, int64_t panel_end,
+                    int64_t m_begin, int64_t m_end, float* y, int64_t y_stride) {
+    constexpr int kTokens = V::kElementTokens;
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+        const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
+        for (int64_t m = m_begin; m < m_end; m += kTokens) {
+            const int64_t count = m_end - m < kTokens ? m_end - m : kTokens;
+            element_tokens<V, Kind, kTokens>(w, w.panels + p * w.panel_bytes, x + m * x_stride, x_stride, count,
+                                             m == m_begin, rows, y + m * y_stride + first, y_stride);
+        }
+    }
+}
+
+template <class V>
+void fill_element(KernelTable& table) {
+    table.linear_element[DLB_E5M2] = linear_element<V, DLB_E5M2>;
+    table.linear_element[DLB_E4M3] = linear_element<V, DLB_E4M3>;
+    table.linear_element[DLB_FP16] = linear_element<V, DLB_FP16>;
+    table.linear_element[DLB_BF16] = linear_element<V, DLB_BF16>;
+    table.linear_element[DLB_FP32] = linear_element<V, DLB_FP32>;
+}
