@@ -49,7 +49,7 @@ def optimize_model(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize_model takes an nn.Module; this is a {type(model).__name__}")
-    options = _optimize.read_options(kwargs)
+    options = _optimize.read_options(kwargs, "optimize_model")
     recipe = Recipe(low_bit, options["group_size"], modules_to_not_convert or ())
     return _optimize.optimize(
         model, recipe, group, optimize_llm, torch_dtype=options["torch_dtype"], compute=options["compute"]
@@ -64,9 +64,7 @@ def load_low_bit(model: nn.Module, model_path: str | Path, *, group: Group | Non
     another model is a CheckpointError; a directory that is no low-bit checkpoint a UsageError.
     """
     optimize_llm = kwargs.pop("optimize_llm", True)
-    options = _optimize.read_options(kwargs)
-    if options["group_size"] is not None:
-        raise UsageError("load_low_bit has no argument 'group_size': the checkpoint says how it was quantized")
+    options = _optimize.read_options(kwargs, "load_low_bit", ("torch_dtype", "compute"))
     return _load.load_low_bit(
         model,
         model_path,

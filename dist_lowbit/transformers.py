@@ -21,6 +21,7 @@ from dist_lowbit.assembly.paths import require_checkpoint
 from dist_lowbit.assembly.ranks import join_ranks
 from dist_lowbit.assembly.skeleton import empty_model, read_config
 from dist_lowbit.assembly.source import from_source
+from dist_lowbit.assembly.together import together
 from dist_lowbit.assembly.weights import cast_name
 from dist_lowbit.checkpoint import is_checkpoint
 from dist_lowbit.comm import Group
@@ -55,8 +56,9 @@ class _LowBitAuto:
 
         load_in_4bit: the same as load_in_low_bit="sym_int4". tensor_parallel: "auto" joins the ranks that this
         process was started with, a number also checks how many they are, a Group is used as it is, None is one
-        rank; all ranks must call together. Without a format, and with no ranks to split over, Hugging Face's own
-        from_pretrained answers. Further keywords: torch_dtype, group_size, compute.
+        rank; all ranks must call together. cpu_embedding: accepted; embeddings are on the CPU already. Without a
+        format, and with no ranks to split over, Hugging Face's own from_pretrained answers. Further keywords:
+        torch_dtype, group_size, compute.
         """
         if load_in_4bit and load_in_low_bit not in (None, "sym_int4"):
             raise UsageError(f"load_in_4bit means sym_int4, but load_in_low_bit is {load_in_low_bit!r}; give one")
@@ -70,12 +72,16 @@ class _LowBitAuto:
                 raise UsageError(
                     f"{directory} is a low-bit checkpoint already; drop load_in_low_bit, or give the original model"
                 )
+            if modules_to_not_convert:
+                raise UsageError(
+                    "modules_to_not_convert goes with quantizing; this checkpoint says how it was quantized"
+                )
             return cls._load(directory, group, optimize_model, trust_remote_code, kwargs)
         if low_bit is None and group.size == 1:
             kwargs |= {"trust_remote_code": trust_remote_code}
             model: nn.Module = cls.hf.from_pretrained(str(directory), **kwargs)
             return model
-        options = read_options(_renamed(kwargs))
+        options = read_options(_renamed(kwargs), f"{cls.__name__}.from_pretrained")
         recipe = Recipe(low_bit or _own_format(directory), options["group_size"], modules_to_not_convert or ())
         return from_source(
             cls.hf,
@@ -107,11 +113,12 @@ class _LowBitAuto:
     def _load(
         cls, directory: Path, group: Group, optimize_llm: bool, trust_remote_code: bool, kwargs: dict[str, Any]
     ) -> nn.Module:
-        options = read_options(_renamed(kwargs))
-        if options["group_size"] is not None:
-            raise UsageError("group_size goes with quantizing; this checkpoint says how it was quantized")
-        remote = {"trust_remote_code": True} if trust_remote_code else {}
-        model = empty_model(cls.hf, read_config(directory, trust_remote_code), directory, **remote)
+        options = read_options(
+            _renamed(kwargs), f"{cls.__name__} with a low-bit checkpoint", ("torch_dtype", "compute")
+        )
+        with together(group):
+            config = read_config(directory, trust_remote_code)
+            model = empty_model(cls.hf, config, directory, trust_remote_code)
         return load_low_bit(
             model,
             directory,

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dist_lowbit.comm import Group
-from dist_lowbit.core.errors import CheckpointError
+from dist_lowbit.core.errors import CheckpointError, PlanError
+from dist_lowbit.core.log import logger
 from dist_lowbit.decoder import IdleAttention, use_activation, use_attention
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split
 from dist_lowbit.parallel.plan import Heads
@@ -65,6 +66,7 @@ def other_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _fill(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
     """Give each remaining tensor its values in `dtype` (integers keep theirs)."""
+    filled: dict[int, nn.Parameter] = {}  # a parameter that several names share stays one
     for name, old in other_tensors(model).items():
         value = weights.tensor(name)
         if value is None:
@@ -78,11 +80,8 @@ def _fill(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         if isinstance(old, nn.Parameter):
-            # A parameter shared by two names stays shared when its values are set in place.
-            if old.is_meta or old.dtype != value.dtype:
-                owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-            elif old.data_ptr() != value.data_ptr():
-                old.data.copy_(value)
+            new = filled.setdefault(id(old), nn.Parameter(value, requires_grad=False))
+            owner.register_parameter(leaf, new)
         else:
             owner.register_buffer(leaf, value)
     for module in model.modules():  # buffers that no file holds: positions, masks
@@ -91,6 +90,16 @@ def _fill(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
         for leaf, buffer in module.named_buffers(recurse=False):
             if leaf in module._non_persistent_buffers_set and buffer.is_floating_point() and not buffer.is_meta:
                 module.register_buffer(leaf, buffer.to(torch.promote_types(dtype, buffer.dtype)), persistent=False)
+
+
+def _use_own_steps(model: nn.Module, cut: bool) -> None:
+    """Switch a model to the project's attention and silu; where heads are cut it must take them."""
+    if not use_attention(model):
+        what = f"{type(model).__name__} does not take another attention function"
+        if cut:
+            raise PlanError(f"{what}, which it needs to hold a part of its heads; run it on one rank")
+        logger.warning("%s; it keeps its own", what)
+    use_activation(model)
 
 
 def _localize_attention(model: nn.Module, target: Target, rank: int) -> None:
@@ -140,8 +149,7 @@ def build(
         _swap(model, name, split, weights, group, dtype, compute)
     _fill(model, weights, dtype)
     if target.family is not None and (optimize_llm or cut):
-        use_attention(model)
-        use_activation(model)
+        _use_own_steps(model, cut)
     if cut:
         _localize_attention(model, target, group.rank)
     config: Any = getattr(model, "config", None)

@@ -33,8 +33,7 @@ def convert(source_dir: Path, directory: Path, recipe: Recipe, tp: int, *, trust
     """
     check_conversion(source_dir, directory, tp)
     config = read_config(source_dir, trust_remote_code)
-    remote = {"trust_remote_code": True} if trust_remote_code else {}
-    model = empty_model(class_of(config), config, source_dir, **remote)
+    model = empty_model(class_of(config), config, source_dir, trust_remote_code)
     with TensorSource(source_dir) as source:
         weights = source_weights(model, source, recipe)
         strange = missing(model, weights)

@@ -58,6 +58,7 @@ def write_hf_files(model: nn.Module, directory: Path, recipe: Recipe, source: Pa
     values = config.to_dict()
     values["quantization_config"] = quantization_config(recipe)
     values["tie_word_embeddings"] = False
+    values["dtype"] = "float32"  # of activations, unless a loader asks for another
     values.setdefault("architectures", None)
     values["architectures"] = values["architectures"] or [type(model).__name__]
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")

@@ -18,10 +18,12 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dist_lowbit.core.errors import UsageError
+from dist_lowbit.decoder import ATTENTION_NAME
 
 from .build import set_submodule
 from .hf_files import QUANT_METHOD
 from .load import load_low_bit
+from .optimize import as_dtype
 from .paths import require_checkpoint
 from .target import linears
 
@@ -57,6 +59,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._dtype = kwargs.get("dtype")
         # Every Linear and embedding gives way, so that transformers allocates and initialises none of them.
         self._places = {name: model.get_submodule(name) for name in linears(model)}
         self._places |= {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
@@ -71,7 +74,10 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             set_submodule(model, name, module)
         model._keys_to_ignore_on_load_missing = self._ignored  # type: ignore[assignment]
         config: Any = model.config
-        return load_low_bit(model, require_checkpoint(config._name_or_path))
+        # What the caller chose beside transformers' own default stays as it is.
+        own_steps = config._attn_implementation in (None, "sdpa", ATTENTION_NAME)
+        path = require_checkpoint(config._name_or_path)
+        return load_low_bit(model, path, torch_dtype=as_dtype(self._dtype), optimize_llm=own_steps)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what this loader does not do: device maps beyond the CPU."""

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.log import logger
+from dist_lowbit.core.settings import settings
 
 from .paths import expand
 
@@ -19,7 +20,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 _SMALL = ["*.json", "*.py", "*.txt", "*.model", "*.jinja"]
 # Copies of the weights that transformers does not read.
 _IGNORED = ["*/*.safetensors", "*/*.bin", "consolidated*"]
-_PATIENCE_S = 5.0  # how often a rank that downloads tells the others that it is alive
+# How often a rank that downloads tells the others that it is alive: well before silence is a fault.
+_PATIENCE_S = min(5.0, settings().timeout / 4)
 
 
 def resolve(model: str, revision: str | None = None, files: str = "all") -> Path:

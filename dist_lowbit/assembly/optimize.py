@@ -22,17 +22,15 @@ from .target import linears, make_target
 from .together import together
 from .weights import ModelWeights
 
-_OPTIONS = {"torch_dtype": None, "group_size": None, "compute": None}
+_OPTIONS = ("torch_dtype", "group_size", "compute")
 
 
-def read_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the further options with defaults filled in; an unknown name is a UsageError listing the known ones."""
-    unknown = sorted(kwargs.keys() - _OPTIONS.keys())
+def read_options(kwargs: dict[str, Any], caller: str, known: tuple[str, ...] = _OPTIONS) -> dict[str, Any]:
+    """Return the further options of a call with defaults filled in; an unknown one is a UsageError listing `known`."""
+    unknown = sorted(kwargs.keys() - set(known))
     if unknown:
-        raise UsageError(
-            f"optimize_model has no argument {unknown[0]!r}; its further arguments are {', '.join(_OPTIONS)}"
-        )
-    options = _OPTIONS | kwargs
+        raise UsageError(f"{caller} has no argument {unknown[0]!r}; its further arguments are {', '.join(known)}")
+    options: dict[str, Any] = dict.fromkeys(_OPTIONS) | kwargs
     options["compute"] = options["compute"] or settings().compute
     if options["compute"] not in ("int8", "fp32"):
         raise UsageError(f"compute is {options['compute']!r}; expected int8 or fp32")

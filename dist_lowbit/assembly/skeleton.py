@@ -17,14 +17,17 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 from dist_lowbit.core.errors import UsageError
 
 
-def empty_model(cls: Any, config: Any, directory: str | Path, **kwargs: Any) -> Any:
+def empty_model(cls: Any, config: Any, directory: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> Any:
     """Build a model of a Hugging Face class (or Auto class) with its parameters on meta.
 
-    Its generation config is read from `directory` where there is one, and its config remembers the directory.
+    Only an Auto class looks for Python code that comes with the model. Its
+    generation config is read from `directory` where there is one, and its config remembers the directory.
     Cost: no weight is allocated.
     """
     own = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
     create = getattr(cls, "_from_config" if own else "from_config")
+    if trust_remote_code and not own:
+        kwargs["trust_remote_code"] = True
     with init_empty_weights(include_buffers=False):
         model = create(config, dtype=torch.float32, **kwargs)
     model.config._name_or_path = str(directory)

@@ -84,10 +84,8 @@ def from_source(
     Files whose names differ from the model's (Hugging Face renames some while loading) are loaded the ordinary
     way first, in full; a line says so. Peak memory otherwise: this rank's part plus one matrix.
     """
-    config = read_config(directory, trust_remote_code)
-    remote = {"trust_remote_code": True} if trust_remote_code else {}
-    model = empty_model(cls, config, directory, **remote)
     with together(group), TensorSource(directory) as source:
+        model = empty_model(cls, read_config(directory, trust_remote_code), directory, trust_remote_code)
         weights = source_weights(model, source, recipe)
         renamed = missing(model, weights)
         if not renamed:
@@ -105,5 +103,5 @@ def from_source(
             )
             return attach(model)
     logger.warning("%s is loaded in full before it is quantized: its files have no %s", directory, renamed[0])
-    live = cls.from_pretrained(str(directory), dtype="auto", **remote, **kwargs)
+    live = cls.from_pretrained(str(directory), dtype="auto", trust_remote_code=trust_remote_code, **kwargs)
     return optimize(live, recipe, group, optimize_llm, torch_dtype, compute)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd as _Convolution
 from transformers.pytorch_utils import Conv1D
 
 from dist_lowbit.core.errors import PlanError
@@ -16,6 +17,7 @@ from dist_lowbit.models import Family, dims_of, family_of
 from dist_lowbit.parallel import Plan, make_plan, whole_plan
 
 Shape = tuple[int, int]
+_TOLD = 0.01  # of a model's weights left in high precision are worth a line
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -46,6 +48,21 @@ def _matrices(model: nn.Module) -> dict[str, Shape]:
         if parameter.dim() >= 2 and name.rpartition(".")[0] not in found:
             found[name] = (int(parameter.shape[0]), int(parameter.shape[1]))
     return found
+
+
+def _tell_leftovers(model: nn.Module) -> None:
+    """Say which matrices stay in high precision because they are no Linears (stacked experts), where they weigh."""
+    owners = {n for n, m in model.named_modules() if is_linear(m) or isinstance(m, (nn.Embedding, _Convolution))}
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.dim() >= 2}
+    left = {name: size for name, size in sizes.items() if name.rpartition(".")[0] not in owners}
+    share = sum(left.values()) / max(1, sum(sizes.values()))
+    if share >= _TOLD:
+        logger.warning(
+            "%d matrices with %.0f%% of the weights are no Linears and stay in high precision, such as %s",
+            len(left),
+            100 * share,
+            next(iter(left)),
+        )
 
 
 @dataclass(frozen=True)
@@ -92,4 +109,5 @@ def make_target(model: nn.Module, block_of: Callable[[str], int], tp: int, conve
         logger.warning("%s is no known family: each of the %d ranks holds the whole model", kind, tp)
     if not shapes and not linears(model):
         raise PlanError(f"{type(model).__name__} has no Linear layer, so there is nothing to quantize")
+    _tell_leftovers(model)
     return Target(None, whole_plan(shapes, block_of, tp))

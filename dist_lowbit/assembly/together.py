@@ -15,16 +15,16 @@ from dist_lowbit.core.settings import settings
 def together(group: Group) -> Iterator[None]:
     """Run a block that reads or writes this rank's part; leave it when all ranks have.
 
-    Where an intended error ends it on some ranks, each of those raises its own, and the others one of the same class
-    that names the first of them. All ranks must enter together, and within DIST_LOWBIT_LOAD_TIMEOUT of one another:
-    disks differ, and what follows may expect the others within seconds. Any other exception goes its way at once.
+    Where an exception ends it on some ranks, each of those raises its own, and the others a DistLowbitError (of the
+    same class, where it is one of ours) that names the first of them. All ranks must enter together, and within
+    DIST_LOWBIT_LOAD_TIMEOUT of one another: disks differ, and what follows may expect the others within seconds.
     """
-    failure: DistLowbitError | OSError | None = None
+    failure: Exception | None = None
     try:
         yield
     except CommError:
         raise  # the group is lost: nothing can be told any more
-    except (DistLowbitError, OSError) as error:
+    except Exception as error:  # told to the others, then raised again below
         failure = error
     if group.size > 1:
         told = None if failure is None else [type(failure).__name__, str(failure)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dist_lowbit.core.settings import settings
 from dist_lowbit.engine.sampling import Sampling, check_limit
 
 from .launch import start_ranks
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from dist_lowbit.engine.session import Session
 
 # While a person thinks, rank 0 tells the others so, well within the time after which silence is a fault.
-_KEEP_ALIVE_S = 5.0
+_KEEP_ALIVE_S = min(5.0, settings().timeout / 4)
 
 
 def chat(

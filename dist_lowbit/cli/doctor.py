@@ -92,16 +92,22 @@ def _version(package: str) -> str:
 
 def limits() -> tuple[int, int, int]:
     """Return the bytes of /dev/shm, how many files may be open, and the bytes of the address space (-1: no limit)."""
-    space = os.statvfs("/dev/shm")
+    try:
+        space = os.statvfs("/dev/shm")
+        shm = space.f_frsize * space.f_blocks
+    except OSError:
+        shm = 0
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     memory, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return space.f_frsize * space.f_blocks, files, memory
+    return shm, files, memory
 
 
 def warnings(shm: int, files: int, memory: int) -> list[str]:
     """Return which of a machine's limits will hurt; see limits."""
     found = []
-    if shm <= _SMALL_SHM:
+    if shm == 0:
+        found.append("/dev/shm cannot be used; the ranks of one machine will talk over gloo, which is slower")
+    elif shm <= _SMALL_SHM:
         found.append(f"/dev/shm has {shm >> 20} MiB; start the container with --shm-size=1g or more")
     if files != resource.RLIM_INFINITY and files < _FEW_FILES:
         found.append(f"only {files} files may be open at once (ulimit -n); large checkpoints may need more")

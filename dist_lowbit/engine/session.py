@@ -12,8 +12,10 @@ from transformers import AutoTokenizer
 from dist_lowbit.assembly.load import load_low_bit
 from dist_lowbit.assembly.paths import require_checkpoint
 from dist_lowbit.assembly.skeleton import class_of, empty_model, read_config
+from dist_lowbit.assembly.together import together
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
+from dist_lowbit.ops import limit_torch
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,18 @@ class Session:
 
 def open_session(path: str | Path, group: Group, *, trust_remote_code: bool = False) -> Session:
     """Load a low-bit checkpoint with its tokenizer, split over the group. All ranks must call together."""
-    directory = require_checkpoint(path)
-    config = read_config(directory, trust_remote_code)
-    remote = {"trust_remote_code": True} if trust_remote_code else {}
+    limit_torch()  # this process is ours: the cores belong to the kernels' own pool
+    with together(group):
+        directory = require_checkpoint(path)
+        config = read_config(directory, trust_remote_code)
+        tokenizer = _tokenizer(directory, trust_remote_code)
+        model = empty_model(class_of(config), config, directory, trust_remote_code)
+    return Session(load_low_bit(model, directory, group=group), tokenizer, group)
+
+
+def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing more specific
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(f"{directory} holds no usable tokenizer: {why}") from error
-    model = empty_model(class_of(config), config, directory, **remote)
-    return Session(load_low_bit(model, directory, group=group), tokenizer, group)

@@ -18,11 +18,14 @@ class ParallelEmbedding(nn.Module):
     together. One addend of each sum is not zero, so the result is exact.
     """
 
+    weight: torch.Tensor
+
     def __init__(self, weight: torch.Tensor, split: Split, group: Group, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = split.shape
         self.split, self.group, self.dtype = split, group, dtype
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        # A buffer: a model's dtype, read off its first parameter, is that of the activations.
+        self.register_buffer("weight", weight.detach(), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of ids (see the class)."""
