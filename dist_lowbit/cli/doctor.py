@@ -38,12 +38,12 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
     console = Console(soft_wrap=True)
     for title, content in report.items():
-        if isinstance(content, dict):
+        if isinstance(content, dict) and content:
             table = Table(title=title, title_justify="left", show_header=False)
             for key, value in content.items():
                 table.add_row(str(key), "yes" if value is None else str(value))
             console.print(table)
-        elif isinstance(content, list):
+        elif isinstance(content, (dict, list)):
             for line in content or ["none"]:
                 console.print(f"{title}: {line}", markup=False)
         else:
