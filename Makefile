@@ -15,7 +15,6 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-SANITIZE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,6 +24,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(PIP_ARGS)
 BUILD := $(INSTALL) --no-build-isolation -e . -C cmake.define.DLB_SANITIZE=$(SANITIZE)
+ifdef SANITIZE
+# At -O3 each ISA's file would compile for minutes. Python is not built with the sanitizer, so its runtime comes first.
+BUILD += -C cmake.build-type=Debug
+RUNTIMES = $(foreach name,$(if $(findstring thread,$(SANITIZE)),tsan,$(if $(findstring address,$(SANITIZE)),asan) ubsan),$(shell $(CXX) -print-file-name=lib$(name).so))
+CHECKED = LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0
+endif
 EXTRAS := deepspeed mpi serve test dev
 # The extra ccl, and whisper, without what they declare and we never use: oneCCL on CPUs needs no SYCL runtime (1.9 GB),
 # whisper no triton.
@@ -74,13 +79,14 @@ demo: $(VENV)/.kernels
 set-up-test: $(VENV)/.test $(VENV)/.kernels
 
 test: $(VENV)/.test $(VENV)/.kernels
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(CHECKED) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: $(VENV)/.test $(VENV)/.kernels
 	$(BIN)/python -m pytest --slow --record docs/test-all.md $(PYTEST_ARGS)
 
 wheel: $(VENV)/.python
-	$(BIN)/pip wheel --quiet --no-deps $(PIP_ARGS) -w dist .
+	# A build folder of its own: the one of the editable install may hold sanitized objects.
+	$(BIN)/pip wheel --quiet --no-deps $(PIP_ARGS) -w dist . -C build-dir=build/wheel
 	@ls -l dist/*.whl
 
 # Separate, so that `make --keep-going lint` shows what each of them finds.
