@@ -13,7 +13,7 @@ from dist_lowbit.formats.packed import part_layout
 
 from .codebooks import bad_codes, float_element, integer_table
 from .library import CLinearParts, CLinearSpec, library
-from .spec import LinearSpec
+from .spec import LinearSpec, mismatch
 
 _AFFINE, _TABLE, _ELEMENT = range(3)  # enum dlb_codec
 _OFFSETS = {"none": 0, "min": 1, "zero_point": 2}
@@ -21,6 +21,7 @@ _SCALES = {torch.float16: 0, torch.float32: 1}
 _NO_SCALE = 2
 _FLOAT8 = {"e5m2": 0, "e4m3": 1}
 _CASTS = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
+_BAD_SHAPE = -4
 _REFUSALS = {-1: "the parts do not fit the spec", -2: "the buffer is no prepacked weight", -3: "memory is exhausted"}
 
 
@@ -116,7 +117,12 @@ class Compiled:
         lib = library()
         if lib is None:
             raise KernelError(f"cannot run: {native_why_not()}")
+        (m, k), n = x.shape, out.shape[1]
         status = lib.dlb_linear_run(
-            opaque.data_ptr(), opaque.numel(), x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr(), out.stride(0)
+            opaque.data_ptr(), opaque.numel(), x.data_ptr(), x.stride(0), m, k, out.data_ptr(), out.stride(0), n
         )
+        if status == _BAD_SHAPE:
+            found = CLinearSpec()
+            _check(lib.dlb_linear_spec_of(opaque.data_ptr(), opaque.numel(), ctypes.byref(found)), "linear")
+            raise mismatch(found.n, found.k, n, k)
         _check(status, "linear")

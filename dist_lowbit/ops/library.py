@@ -42,7 +42,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "dlb_linear_prepack": (c_int, [POINTER(CLinearSpec), POINTER(CLinearParts), c_void_p]),
     "dlb_linear_spec_of": (c_int, [c_void_p, c_int64, POINTER(CLinearSpec)]),
     "dlb_linear_unpack": (c_int, [c_void_p, c_int64, POINTER(CLinearParts)]),
-    "dlb_linear_run": (c_int, [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64]),
+    "dlb_linear_run": (c_int, [c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_void_p, *[c_int64] * 2]),
     "dlb_read_all": (c_uint64, [c_void_p, c_int64]),
 }
 

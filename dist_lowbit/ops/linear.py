@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .elementwise import forbid_gradient
 from .kernel import kernel as kernel_named
 
 _LIBRARY = torch.library.Library("dist_lowbit", "FRAGMENT")
@@ -28,12 +29,14 @@ def _shape(x: torch.Tensor, packed: torch.Tensor, kernel: str, n: int) -> torch.
 _LIBRARY.impl("linear", _run, "CPU")
 _LIBRARY.impl("linear", _run, "CUDA")
 torch.library.register_fake("dist_lowbit::linear", _shape, lib=_LIBRARY)
+forbid_gradient("linear", _LIBRARY)
 
 
 def linear(x: torch.Tensor, packed: torch.Tensor, kernel: str, n: int) -> torch.Tensor:
     """Return fp32 [..., n], the product of x (any float dtype, [..., K]) with a prepacked weight.
 
-    packed: what the named kernel's `prepack` returned. Visible to torch.jit.trace and torch.export; not differentiable.
+    packed: what the named kernel's `prepack` returned. Visible to torch.jit.trace and torch.export. An x of
+    another width, or another n, is a UsageError; so is a backward pass.
     """
     out: torch.Tensor = torch.ops.dist_lowbit.linear(x, packed, kernel, n)
     return out

@@ -25,7 +25,7 @@ from dist_lowbit.core.errors import KernelError
 from dist_lowbit.formats import FORMATS, Format, PackedWeight, dequantize
 
 from .codebooks import integer_table
-from .spec import SEGMENTS, LinearSpec
+from .spec import SEGMENTS, LinearSpec, mismatch
 
 TINY = 1e-30  # a block whose largest magnitude is below counts as zero: 127 / TINY is still finite
 
@@ -186,4 +186,6 @@ class Reference:
     def run(self, x: torch.Tensor, opaque: torch.Tensor, out: torch.Tensor) -> None:
         """Write x W^T into out (see Kernel)."""
         weight, header = self._open(opaque)
+        if weight.shape != (out.shape[1], x.shape[1]):
+            raise mismatch(*weight.shape, out.shape[1], x.shape[1])
         out.copy_(linear(x, weight, header["cuts"], header["compute"]))

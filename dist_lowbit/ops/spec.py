@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from dist_lowbit.core.errors import UsageError
 from dist_lowbit.formats import Format, PackedWeight
 from dist_lowbit.formats.packed import summation_block
 
@@ -50,6 +51,11 @@ def whole_cuts(k: int, unit: int) -> tuple[int, ...]:
     """Return the segment ends of a K that is not split, in multiples of `unit`."""
     units = -(-k // unit)
     return tuple(min(k, i * units // SEGMENTS * unit) for i in range(SEGMENTS + 1))
+
+
+def mismatch(n: int, k: int, asked_n: int, asked_k: int) -> UsageError:
+    """Return the error for an x or an n that is not the weight's."""
+    return UsageError(f"x has {asked_k} features for {asked_n} outputs; the weight takes {k} for {n}")
 
 
 class Kernel(Protocol):

@@ -7,7 +7,6 @@ from torch import nn
 
 from dist_lowbit import ops
 from dist_lowbit.comm import Group
-from dist_lowbit.core.errors import UsageError
 from dist_lowbit.formats import PackedWeight, dequantize
 
 from .split import Split
@@ -63,8 +62,6 @@ class LowBitLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + bias (see the class); an x of another width is a UsageError."""
-        if x.shape[-1] != self.in_features:
-            raise UsageError(f"x has {x.shape[-1]} features; this {self.format} Linear takes {self.in_features}")
         y = ops.linear(x, self.packed, self.kernel, self.out_features)
         if self.split.reduce:
             y = self.group.all_reduce(y)

@@ -6,7 +6,7 @@
 
 #define DLB_API extern "C" __attribute__((visibility("default")))
 
-enum dlb_status { DLB_OK = 0, DLB_BAD_SPEC = -1, DLB_BAD_BUFFER = -2, DLB_NO_MEMORY = -3 };
+enum dlb_status { DLB_OK = 0, DLB_BAD_SPEC = -1, DLB_BAD_BUFFER = -2, DLB_NO_MEMORY = -3, DLB_BAD_SHAPE = -4 };
 enum dlb_codec {
     DLB_AFFINE = 0,   // w = (code - center) scale, code scale + min, or (code - zero_point) scale
     DLB_TABLE = 1,    // w = table[code] (scale multiplier), codes of at most 4 bits
@@ -59,9 +59,9 @@ DLB_API int64_t dlb_linear_packed_bytes(const dlb_linear_spec* spec);
 DLB_API int dlb_linear_prepack(const dlb_linear_spec* spec, const dlb_linear_parts* parts, void* packed);
 DLB_API int dlb_linear_spec_of(const void* packed, int64_t bytes, dlb_linear_spec* spec);
 DLB_API int dlb_linear_unpack(const void* packed, int64_t bytes, const dlb_linear_parts* parts);
-// Strides count elements. x and y must not overlap.
-DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, int64_t x_stride, int64_t m, float* y,
-                           int64_t y_stride);
+// x is [m, k], y [m, n]; k and n must be those of the weight. Strides count elements. x and y must not overlap.
+DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, int64_t x_stride, int64_t m, int64_t k,
+                           float* y, int64_t y_stride, int64_t n);
 
 // Read `bytes` once with the pool's threads and the active ISA; returns a checksum. For measuring read bandwidth.
 DLB_API uint64_t dlb_read_all(const void* data, int64_t bytes);

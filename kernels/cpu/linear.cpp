@@ -114,11 +114,12 @@ int run_elements(const KernelTable& table, const LinearView& view, const float* 
 }  // namespace
 }  // namespace dlb
 
-DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, int64_t x_stride, int64_t m, float* y,
-                           int64_t y_stride) {
+DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, int64_t x_stride, int64_t m, int64_t k,
+                           float* y, int64_t y_stride, int64_t n) {
     dlb_linear_spec spec;
     const int status = dlb_linear_spec_of(packed, bytes, &spec);
     if (status != DLB_OK) return status;
+    if (k != spec.k || n != spec.n) return DLB_BAD_SHAPE;
     if (m <= 0 || spec.n == 0) return DLB_OK;
     if (spec.k == 0) {
         for (int64_t i = 0; i < m; ++i) memset(y + i * y_stride, 0, static_cast<size_t>(spec.n) * sizeof(float));

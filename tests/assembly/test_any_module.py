@@ -139,6 +139,20 @@ def test_tracing_and_exporting_see_the_product() -> None:
     assert torch.equal(torch.export.export(model, (x,)).module()(other), model(other))
 
 
+@pytest.mark.parametrize("compute", ["int8", "fp32"])  # for fp32 the reference takes over
+@pytest.mark.parametrize("width", [1, 64, 99, 101, 4096])
+def test_an_input_of_another_width_is_refused(width: int, compute: str) -> None:
+    model = optimize_model(mlp(), compute=compute)
+    with pytest.raises(UsageError, match=rf"x has {width} features for 70 outputs; the weight takes 100 for 70"):
+        model(torch.ones(2, width))
+
+
+def test_a_backward_pass_is_refused() -> None:
+    model = optimize_model(mlp())
+    with pytest.raises(UsageError, match=r"dist_lowbit::linear has no gradient"):
+        model(torch.ones(1, 100, requires_grad=True)).sum().backward()
+
+
 def test_the_weight_can_be_looked_at() -> None:
     torch.manual_seed(0)
     plain = mlp()
