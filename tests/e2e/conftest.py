@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from dist_lowbit.core.native import native_why_not
 from tests.comm.harness import Farm
 from tests.e2e.tiny import FAMILIES, write_stranger, write_tiny
 
 # One thread a rank: up to eight ranks share the machine. Results do not depend on it.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
-Ranks = Callable[..., dict[int, Any]]
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    """Skip where the kernels are missing: pure torch gives the same bits, in many times the time."""
+    if native_why_not() is not None:
+        pytest.skip(f"no compiled kernels: {native_why_not()}")
 
 
 @pytest.fixture(scope="session")
