@@ -34,9 +34,9 @@ struct dlb_linear_spec {
 
 // Canonical parts, contiguous, row by row. A null pointer stands for a part that the format lacks.
 struct dlb_linear_parts {
-  uint8_t* planes[2];  // bit planes, low bits first; elements are planes[0]
-  void* scale;
-  void* offset;  // mins (same type as the scales) or zero points (uint8)
+    uint8_t* planes[2];  // bit planes, low bits first; elements are planes[0]
+    void* scale;
+    void* offset;  // mins (same type as the scales) or zero points (uint8)
 };
 
 DLB_API int dlb_abi_version(void);

@@ -12,33 +12,37 @@ constexpr int kSegments = 8;
 constexpr int kMaxBits = 8;
 constexpr int kElements = 5;
 
+// A number as a type, to choose an overload.
+template <int Value>
+struct Const {};
+
 // A packed weight, its geometry resolved. Offsets are bytes from the start of a panel.
 struct LinearView {
-  const uint8_t* panels;
-  int64_t panel_bytes;
-  int64_t offset_offset;
-  int64_t plane_offset[2];
-  int64_t n, k;
-  int64_t block;        // elements of K per summation block, a multiple of 32 but for the last
-  int64_t last_chunks;  // chunks of 32 in the last block
-  int64_t cuts[kSegments + 1];  // in blocks
-  int32_t bits;
-  int32_t center;      // subtracted from every code where offset is none
-  int32_t offset;      // dlb_offset
-  int32_t scale_type;  // dlb_scale
-  int32_t element;     // dlb_element
-  float multiplier;    // of every scale of a table or of elements
-  uint8_t table[16];   // 128 + the integer that a code stands for
-  int32_t scale_step;  // groups per block: 1, or 0 where one scale serves the whole row
+    const uint8_t* panels;
+    int64_t panel_bytes;
+    int64_t offset_offset;
+    int64_t plane_offset[2];
+    int64_t n, k;
+    int64_t block;                // elements of K per summation block, a multiple of 32 but for the last
+    int64_t last_chunks;          // chunks of 32 in the last block
+    int64_t cuts[kSegments + 1];  // in blocks
+    int32_t bits;
+    int32_t center;      // subtracted from every code where offset is none
+    int32_t offset;      // dlb_offset
+    int32_t scale_type;  // dlb_scale
+    int32_t element;     // dlb_element
+    float multiplier;    // of every scale of a table or of elements
+    uint8_t table[16];   // 128 + the integer that a code stands for
+    int32_t scale_step;  // groups per block: 1, or 0 where one scale serves the whole row
 };
 
 // Quantized activations: q int8 [M, q_stride], zeros beyond K; scale and sum [M, blocks].
 struct ActView {
-  const int8_t* q;
-  const float* scale;
-  const int32_t* sum;
-  int64_t q_stride;
-  int64_t blocks;
+    const int8_t* q;
+    const float* scale;
+    const int32_t* sum;
+    int64_t q_stride;
+    int64_t blocks;
 };
 
 // Quantize one row of k floats to int8 per block; writes q up to the next multiple of 32, zeros beyond k.
@@ -55,12 +59,12 @@ using ElementFn = void (*)(const LinearView& w, const float* x, int64_t x_stride
 using ReadFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 
 struct KernelTable {
-  const char* name;
-  QuantizeFn quantize;
-  LinearFn linear_affine[kMaxBits + 1];  // by bits of a code
-  LinearFn linear_table[kMaxBits + 1];   // by bits of a code, at most 4
-  ElementFn linear_element[kElements];   // by dlb_element
-  ReadFn read_all;
+    const char* name;
+    QuantizeFn quantize;
+    LinearFn linear_affine[kMaxBits + 1];  // by bits of a code
+    LinearFn linear_table[kMaxBits + 1];   // by bits of a code, at most 4
+    ElementFn linear_element[kElements];   // by dlb_element
+    ReadFn read_all;
 };
 
 // Each ISA file defines `void fill_NAME(KernelTable&)`, which overwrites only the slots it is good at.

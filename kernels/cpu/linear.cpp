@@ -5,11 +5,11 @@
 //   dot = sum q (c - center)  or  sum q c - zero_point sum  (int32, exact)
 //   acc = acc + float(dot) (w_scale x_scale) [+ float(sum) (min x_scale)]      every operation rounded to fp32
 // blocks in sequence within a segment, then a balanced tree over the eight segments, empty ones left out. A block with
-// NaN or Inf gives NaN; one below 1e-30 counts as zero, so that no reciprocal overflows. A table replaces c - center by its
-// integer and w_scale by w_scale multiplier.
+// NaN or Inf gives NaN; one below 1e-30 counts as zero, so that no reciprocal overflows. A table replaces c - center by
+// its integer and w_scale by w_scale multiplier.
 //
-// For elements x stays fp32: four sums by k mod 4 in each block, by FMA where the ISA has it (so in all but scalar), then
-// (s0 + s1) + (s2 + s3), times w_scale multiplier where there are scales; blocks and segments as above.
+// For elements x stays fp32: four sums by k mod 4 in each block, by FMA where the ISA has it (so in all but scalar),
+// then (s0 + s1) + (s2 + s3), times w_scale multiplier where there are scales; blocks and segments as above.
 #include <stdlib.h>
 
 #include "layout.h"
@@ -96,14 +96,13 @@ int run_codes(const KernelTable& table, const dlb_linear_spec& spec, const Linea
     quantize_rows(table, view, x, x_stride, m, activations);
     const LinearFn run = (spec.codec == DLB_TABLE ? table.linear_table : table.linear_affine)[spec.bits];
     const ActView a = activations.view();
-    for_tiles(view, m, a.q_stride + 8 * a.blocks, [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) {
-        run(view, a, p0, p1, m0, m1, y, y_stride);
-    });
+    for_tiles(view, m, a.q_stride + 8 * a.blocks,
+              [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { run(view, a, p0, p1, m0, m1, y, y_stride); });
     return DLB_OK;
 }
 
-int run_elements(const KernelTable& table, const LinearView& view, const float* x, int64_t x_stride, int64_t m, float* y,
-                 int64_t y_stride) {
+int run_elements(const KernelTable& table, const LinearView& view, const float* x, int64_t x_stride, int64_t m,
+                 float* y, int64_t y_stride) {
     const ElementFn run = table.linear_element[view.element];
     for_tiles(view, m, view.k * 4, [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) {
         run(view, x, x_stride, p0, p1, m0, m1, y, y_stride);

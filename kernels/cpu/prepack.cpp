@@ -15,7 +15,8 @@ const char* codec_why_not(const dlb_linear_spec& s) {
         return s.scale == DLB_SCALE_NONE && s.group_size != -1 ? "there are groups but no scales" : nullptr;
     }
     if (s.codec != DLB_AFFINE && s.codec != DLB_TABLE) return "the codec is unknown";
-    if (s.bits < 1 || s.bits > kMaxBits || kPlanes[s.bits].bits[0] == 0) return "codes are not 1, 2, 3, 4, 5, 6 or 8 bits";
+    if (s.bits < 1 || s.bits > kMaxBits || kPlanes[s.bits].bits[0] == 0)
+        return "codes are not 1, 2, 3, 4, 5, 6 or 8 bits";
     if (s.scale == DLB_SCALE_NONE) return "codes need scales";
     if (s.codec == DLB_TABLE && s.bits > 4) return "a table has more than 16 entries";
     if (s.codec == DLB_TABLE && s.offset != DLB_OFFSET_NONE) return "a table has no offset";

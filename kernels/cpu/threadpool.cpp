@@ -158,7 +158,8 @@ void after_fork_in_child() {
     if (!in_worker) pool.busy.store(false);
 }
 
-// Workers stay on their cpus, the caller moves: where it sits on a worker's cpu, send it to its own and let it go again.
+// Workers stay on their cpus, the caller moves: where it sits on a worker's cpu, send it to its own and let it go
+// again.
 void step_aside() {
     const int here = sched_getcpu();
     bool taken = false;

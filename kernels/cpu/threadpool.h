@@ -14,9 +14,9 @@ void parallel_for(int64_t count, int64_t grain, TaskFn fn, void* context);
 // The same for a callable `body(begin, end)`.
 template <class Body>
 void parallel(int64_t count, int64_t grain, Body& body) {
-  parallel_for(
-      count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
-      &body);
+    parallel_for(
+        count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
+        &body);
 }
 
 int thread_count();

@@ -10,9 +10,13 @@ struct Base256 {
     static inline I or_(I a, I b) { return _mm256_or_si256(a, b); }
     static inline I set1_8(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
     template <int S>
-    static inline I srl16(I a) { return _mm256_srli_epi16(a, S); }
+    static inline I srl16(I a) {
+        return _mm256_srli_epi16(a, S);
+    }
     template <int S>
-    static inline I sll16(I a) { return _mm256_slli_epi16(a, S); }
+    static inline I sll16(I a) {
+        return _mm256_slli_epi16(a, S);
+    }
     static inline I flip_sign(I a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
     static inline I load_table(const uint8_t* p) {
         return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

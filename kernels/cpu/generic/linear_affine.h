@@ -1,5 +1,5 @@
-// The Linear of integer codes for any vector ISA. For inclusion within an anonymous namespace of an ISA file, which provides a
-// struct V:
+// The Linear of integer codes for any vector ISA. For inclusion within an anonymous namespace of an ISA file, which
+// provides a struct V:
 //   I, F                        vectors of bytes and of floats, kLanes floats wide; kHalves = 16 / kLanes
 //   kTokens                     rows of x that share one decoding of the weights, at most
 //   kSignedBytes                whether codes of 8 bits are handed to Dot as c - 128
@@ -194,8 +194,8 @@ struct AffineTile {
 
 // Add the segments of a tile in the tree and store `rows` results of each token.
 template <class V, int Tokens>
-inline void finish_tile(const LinearView& w, typename V::F (&value)[kSegments][V::kHalves][Tokens], int64_t rows, float* y,
-                        int64_t y_stride) {
+inline void finish_tile(const LinearView& w, typename V::F (&value)[kSegments][V::kHalves][Tokens], int64_t rows,
+                        float* y, int64_t y_stride) {
     using F = typename V::F;
     bool present[kSegments];
     for (int s = 0; s < kSegments; ++s) present[s] = w.cuts[s] < w.cuts[s + 1];
@@ -222,7 +222,8 @@ template <class V, int B0, int B1, bool Table, int Tokens>
 inline void affine_tokens(const LinearView& w, const uint8_t* panel, const ActView& x, int64_t m, int64_t count,
                           bool first, int64_t rows, float* y, int64_t y_stride) {
     if constexpr (Tokens > 1) {
-        if (count < Tokens) return affine_tokens<V, B0, B1, Table, Tokens - 1>(w, panel, x, m, count, first, rows, y, y_stride);
+        if (count < Tokens)
+            return affine_tokens<V, B0, B1, Table, Tokens - 1>(w, panel, x, m, count, first, rows, y, y_stride);
     }
     AffineTile<V, B0, B1, Table, Tokens> tile(w, panel, x, m, first);
     for (int s = 0; s < kSegments; ++s)
@@ -238,8 +239,8 @@ void linear_affine(const LinearView& w, const ActView& x, int64_t panel_begin, i
         const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
         for (int64_t m = m_begin; m < m_end; m += V::kTokens) {
             const int64_t count = m_end - m < V::kTokens ? m_end - m : V::kTokens;
-            affine_tokens<V, B0, B1, Table, V::kTokens>(w, panel, x, m, count, m == m_begin, rows, y + m * y_stride + first,
-                                                 y_stride);
+            affine_tokens<V, B0, B1, Table, V::kTokens>(w, panel, x, m, count, m == m_begin, rows,
+                                                        y + m * y_stride + first, y_stride);
         }
     }
 }

@@ -1,5 +1,6 @@
-// The Linear of floating-point elements and fp32 activations for any vector ISA with FMA. For inclusion within an anonymous
-// namespace of an ISA file, after linear_affine.h; V also provides kElementTokens, fma and element(Const<kind>, p).
+// The Linear of floating-point elements and fp32 activations for any vector ISA with FMA. For inclusion within an
+// anonymous namespace of an ISA file, after linear_affine.h; V also provides kElementTokens, fma and
+// element(Const<kind>, p).
 
 template <class V, int Kind, int Tokens>
 struct ElementTile {

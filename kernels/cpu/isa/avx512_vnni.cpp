@@ -8,7 +8,6 @@
 namespace dlb {
 namespace {
 
-#include "../generic/const.h"
 #include "../generic/tree.h"
 
 struct Avx512 {
@@ -38,9 +37,13 @@ struct Avx512 {
     static inline I or_(I a, I b) { return _mm512_or_si512(a, b); }
     static inline I set1_8(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
     template <int S>
-    static inline I srl16(I a) { return _mm512_srli_epi16(a, S); }
+    static inline I srl16(I a) {
+        return _mm512_srli_epi16(a, S);
+    }
     template <int S>
-    static inline I sll16(I a) { return _mm512_slli_epi16(a, S); }
+    static inline I sll16(I a) {
+        return _mm512_slli_epi16(a, S);
+    }
     static inline I load_table(const uint8_t* p) {
         return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }

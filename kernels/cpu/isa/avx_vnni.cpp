@@ -8,7 +8,6 @@
 namespace dlb {
 namespace {
 
-#include "../generic/const.h"
 #include "../generic/avx2_base.h"
 #include "../generic/tree.h"
 
