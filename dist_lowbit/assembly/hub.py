@@ -20,8 +20,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 _SMALL = ["*.json", "*.py", "*.txt", "*.model", "*.jinja"]
 # Copies of the weights that transformers does not read.
 _IGNORED = ["*/*.safetensors", "*/*.bin", "consolidated*"]
-# How often a rank that downloads tells the others that it is alive: well before silence is a fault.
-_PATIENCE_S = min(5.0, settings().timeout / 4)
+_PATIENCE_S = 5.0  # how often at least a rank that downloads tells the others that it is alive
 
 
 def resolve(model: str, revision: str | None = None, files: str = "all") -> Path:
@@ -80,10 +79,11 @@ def resolve_together(model: str, group: Group, local_rank: int, revision: str | 
 
 def _await(group: Group, work: Future[Path] | None) -> None:
     """Return when the work of every rank is done; the first UsageError of any is raised on all."""
+    patience = min(_PATIENCE_S, settings().timeout / 4)  # well before silence is a fault
     while True:
         failure, done = None, work is None
         if work is not None:
-            done = bool(wait([work], _PATIENCE_S).done)
+            done = bool(wait([work], patience).done)
             if done and (error := work.exception()) is not None:
                 if not isinstance(error, UsageError):
                     raise error

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dist_lowbit.engine.session import Session
 
 # While a person thinks, rank 0 tells the others so, well within the time after which silence is a fault.
-_KEEP_ALIVE_S = min(5.0, settings().timeout / 4)
+_KEEP_ALIVE_S = 5.0
 
 
 def chat(
@@ -83,7 +83,7 @@ def _next_line(group: Group, lines: Lines | None) -> str | None:
     while True:
         heard: Any = None
         if lines is not None:
-            line = lines.next(_KEEP_ALIVE_S)
+            line = lines.next(min(_KEEP_ALIVE_S, settings().timeout / 4))
             heard = {"waiting": True} if line is None else {"line": line}
         heard = group.broadcast_object(heard, 0)
         if "line" in heard:

@@ -172,6 +172,12 @@ def test_settings(name: str, checkpoint: Path, cli: Cli, monkeypatch: pytest.Mon
     assert re.search(text, cli("generate", checkpoint).sentence())
 
 
+def test_a_bad_setting_is_a_sentence_from_the_first_import_on() -> None:
+    for name, (value, text) in SETTINGS.items():
+        if name != "BACKEND":  # known only once the backends are imported
+            assert re.search(text, process("doctor", **{f"DIST_LOWBIT_{name}": value}).sentence())
+
+
 def test_settings_of_the_compiled_kernels(checkpoint: Path) -> None:
     from dist_lowbit.core.native import native, native_why_not
 

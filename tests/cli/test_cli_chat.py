@@ -45,7 +45,10 @@ def read_until(descriptor: int, text: str, limit: float = LIMIT) -> str:
     found, end = "", time.monotonic() + limit
     while text not in found:
         assert select.select([descriptor], [], [], end - time.monotonic())[0], f"waited in vain for {text!r}: {found!r}"
-        found += os.read(descriptor, 4096).decode(errors="replace")
+        try:
+            found += os.read(descriptor, 4096).decode(errors="replace")
+        except OSError:  # nobody has the other side any more
+            pytest.fail(f"it ended before {text!r}: {found!r}")
     return found
 
 

@@ -77,16 +77,26 @@ def test_only_the_files_that_are_read_are_fetched(hub: Path, monkeypatch: pytest
 
 
 TWO = """
-import hashlib, json, os, sys, time
+import os, sys, time
+from pathlib import Path
 from dist_lowbit.comm import init_group
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.transformers import AutoModelForCausalLM
 from dist_lowbit.assembly import hub
-rank = int(os.environ["RANK"])
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 real, hub._PATIENCE_S = hub.resolve, 0.2
+
+def slow(model, revision=None, files="all"):
+    time.sleep(4.0 if model == "org/sample" else 0.0)
+    print("rank 0 has it", flush=True)
+    return real(model, revision, files)
+
 if rank == 0:  # a download that outlasts the time after which silence is a fault
-    hub.resolve = lambda *words: (time.sleep(1.5), print("rank 0 has it", flush=True), real(*words))[2]
-with init_group(timeout=1.0) as group:
+    hub.resolve = slow
+(folder / f"imported{rank}").touch()
+while not all((folder / f"imported{other}").exists() for other in range(2)):
+    time.sleep(0.01)
+with init_group(timeout=3.0) as group:
     try:
         AutoModelForCausalLM.from_pretrained("org/none", load_in_4bit=True, tensor_parallel=group)
     except UsageError as error:
@@ -100,7 +110,7 @@ def test_one_rank_of_a_host_downloads_while_the_others_wait(hub: Path, tmp_path:
     cache_as(hub, "org/sample", SAMPLE)
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    done = process("run", "-n", 2, script, HF_HOME=str(hub.parent))
+    done = process("run", "-n", 2, script, tmp_path, HF_HOME=str(hub.parent))
     assert done.code == 0, done.err
     for rank in range(2):
         assert f"[{rank}] refused: org/none is no local directory, and it is not in the hub's cache" in done.out
