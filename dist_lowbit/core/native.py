@@ -7,6 +7,7 @@ from functools import cache
 
 from dist_lowbit.kernels import LibraryMissing, open_library
 
+from .errors import UsageError
 from .settings import settings
 
 
@@ -18,11 +19,16 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         return open_library(wanted), None
     except LibraryMissing as error:
+        if wanted:  # asked for by name: running without it would be another, slower program
+            raise UsageError(f"DIST_LOWBIT_LIBRARY: {error}") from error
         return None, str(error)
 
 
 def native() -> ctypes.CDLL | None:
-    """Return the compiled library, or None where it cannot be had."""
+    """Return the compiled library, or None where it cannot be had.
+
+    One that DIST_LOWBIT_LIBRARY names must open: else a UsageError.
+    """
     return _open()[0]
 
 
