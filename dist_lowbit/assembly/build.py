@@ -85,7 +85,7 @@ def _fill(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
         else:
             owner.register_buffer(leaf, value)
     for module in model.modules():  # buffers that no file holds: positions, masks
-        if isinstance(module, LowBitLinear):
+        if isinstance(module, (LowBitLinear, ParallelEmbedding)):
             continue
         for leaf, buffer in module.named_buffers(recurse=False):
             if leaf in module._non_persistent_buffers_set and buffer.is_floating_point() and not buffer.is_meta:
