@@ -37,15 +37,14 @@ def start_ranks(directory: Path, ranks: int | None, bind: str, words: Sequence[s
 def _check_settings() -> None:
     """Refuse settings that only a rank would meet, after seconds of loading."""
     from dist_lowbit.comm.backends import BACKENDS
-    from dist_lowbit.core.native import native, native_why_not
+    from dist_lowbit.core.native import native
     from dist_lowbit.core.settings import settings
     from dist_lowbit.ops import isas
 
     given = settings()
     if given.backend not in ("auto", *BACKENDS):
         raise UsageError(f"DIST_LOWBIT_BACKEND is {given.backend!r}; expected auto, {', '.join(BACKENDS)}")
-    if given.library not in ("", "none") and native() is None:
-        raise UsageError(f"DIST_LOWBIT_LIBRARY is {given.library!r}: {native_why_not()}")
+    native()  # raises for a library that was asked for by name and does not open
     if given.isa != "auto":
         isas()  # raises for an instruction set that is unknown or that this CPU lacks
 

@@ -20,7 +20,7 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
         return open_library(wanted), None
     except LibraryMissing as error:
         if wanted:  # asked for by name: running without it would be another, slower program
-            raise UsageError(f"DIST_LOWBIT_LIBRARY: {error}") from error
+            raise UsageError(f"DIST_LOWBIT_LIBRARY is {wanted!r}: {error}") from error
         return None, str(error)
 
 
