@@ -41,6 +41,5 @@ def test_a_library_asked_for_by_name_must_open(content: bytes | None, tmp_path: 
     if content is not None:
         path.write_bytes(content)
     answer = ask(str(path))
-    assert answer.startswith("refused DIST_LOWBIT_LIBRARY: ")
-    assert str(path) in answer
+    assert answer.startswith(f"refused DIST_LOWBIT_LIBRARY is {str(path)!r}: ")
     assert len(answer.splitlines()) == 1
