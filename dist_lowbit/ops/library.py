@@ -17,9 +17,12 @@ class CLinearSpec(ctypes.Structure):
     """struct dlb_linear_spec of kernels/cpu/api.h."""
 
     _fields_ = (
-        [(name, c_int64) for name in ("n", "k", "group_size")]
-        + [(name, c_int32) for name in ("codec", "bits", "offset", "center", "scale", "element")]
-        + [("multiplier", c_float), ("table", c_int8 * 16), ("reserved", c_int32), ("cuts", c_int64 * 9)]
+        *((name, c_int64) for name in ("n", "k", "group_size")),
+        *((name, c_int32) for name in ("codec", "bits", "offset", "center", "scale", "element")),
+        ("multiplier", c_float),
+        ("table", c_int8 * 16),
+        ("reserved", c_int32),
+        ("cuts", c_int64 * 9),
     )
 
 
