@@ -22,8 +22,11 @@ from .process import End, Guard, Process, signal_name
 BLAME_WINDOW = 0.2
 # After SIGKILL; what still lives then hangs in the kernel, and waiting longer would help nobody.
 KILL_WAIT = 1.5
-# A rank that ends with this code says that a peer is gone (dist_lowbit's CommError), so it is not the cause.
+# A rank that ends with this code, or with this error uncaught, says that a peer is gone: it is not the cause.
 PEER_LOST = 3
+PEER_LOST_ERROR = "CommError: "
+# Where all deaths so far only follow from another, the cause may still be busy unloading its libraries.
+CAUSE_WINDOW = 1.0
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,18 +38,23 @@ _HINTS = {
 }
 
 
-def blame(ends: Sequence[End]) -> int:
+def lost_a_peer(end: End, last_words: Sequence[str]) -> bool:
+    """Return whether a rank ended because another had: by its exit code, or by the last line of its stderr."""
+    return not end.killed and (end.code == PEER_LOST or PEER_LOST_ERROR in (last_words[-1] if last_words else ""))
+
+
+def blame(ends: Sequence[End], lost: Sequence[bool]) -> int:
     """Return which of `ends`, in the order in which they were seen, caused the others.
 
-    A signal (but SIGABRT, which is what C++ does about a lost peer) weighs more than an exit code, and
-    PEER_LOST weighs least; among equals the earliest counts.
+    A signal (but SIGABRT, which is what C++ does about a lost peer) weighs more than an exit code, and one that
+    `lost` a peer weighs least; among equals the earliest counts.
     """
 
     def weight(index: int) -> int:
         end = ends[index]
         if end.killed and end.code != signal.SIGABRT:
             return 0
-        return 2 if not end.killed and end.code == PEER_LOST else 1
+        return 2 if lost[index] else 1
 
     return min(range(len(ends)), key=weight)  # min keeps the first of equals
 
@@ -63,6 +71,7 @@ class Watch:
         self._asked: int | None = None  # the signal that asked us to end
         self._deadline: float | None = None
         self._phase = "running"  # running, blaming, ending, killing
+        self._waited_for_cause = False
 
     def run(self) -> int:
         """Start everything, wait for its end and return the job's exit code; LaunchError if a start fails."""
@@ -147,7 +156,7 @@ class Watch:
             self._phase, self._deadline = "ending", time.monotonic() + self._grace
         elif not end.ok:
             self._deaths.append((process, end))
-            if self._phase == "running":
+            if self._phase == "running" or self._waited_for_cause:
                 self._phase, self._deadline = "blaming", time.monotonic() + BLAME_WINDOW
 
     def _received(self, number: int) -> None:
@@ -171,6 +180,10 @@ class Watch:
 
     def _deadline_passed(self) -> None:
         if self._phase == "blaming":
+            if all(self._lost()) and self._alive() and not self._waited_for_cause:
+                self._waited_for_cause = True
+                self._deadline = time.monotonic() + CAUSE_WINDOW
+                return
             self._begin_ending()
         elif self._phase == "ending":
             self._begin_killing()
@@ -232,8 +245,11 @@ class Watch:
             return 128 + self._asked if failed else 0
         return 128 + signal.SIGPIPE if broken else 0
 
+    def _lost(self) -> list[bool]:
+        return [lost_a_peer(end, process.tail.lines()) for process, end in self._deaths]
+
     def _report_failure(self) -> int:
-        process, end = self._deaths[blame([end for _, end in self._deaths])]
+        process, end = self._deaths[blame([end for _, end in self._deaths], self._lost())]
         sentence = f"{self._who(process)} {end.describe()}"
         if end.killed and end.code in _HINTS:
             sentence += f" ({_HINTS[signal.Signals(end.code)]})"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 
 import pytest
-from conftest import Launch  # type: ignore[import-not-found]
 
 from dist_lowbit.launcher.__main__ import main
+from tests.launcher.conftest import Launch
 
 BAD = {
     "no -n": (["ok.py"], "the following arguments are required: -n"),

@@ -8,10 +8,10 @@ import socket
 import time
 
 import pytest
-from conftest import READY, Launch, gone, until  # type: ignore[import-not-found]
 
 from dist_lowbit.launcher.process import End
-from dist_lowbit.launcher.watch import blame
+from dist_lowbit.launcher.watch import blame, lost_a_peer
+from tests.launcher.conftest import READY, Launch, gone, until
 
 HOST = socket.gethostname()
 SLEEP = READY + "time.sleep(60)\n"
@@ -105,7 +105,33 @@ CAUSES = [
 
 @pytest.mark.parametrize(("ends", "cause"), CAUSES)
 def test_the_cause_is_told_from_its_consequences(ends: list[End], cause: int) -> None:
-    assert blame(ends) == cause
+    assert blame(ends, [lost_a_peer(end, []) for end in ends]) == cause
+
+
+@pytest.mark.parametrize(
+    ("end", "last_words", "lost"),
+    [
+        (End(False, 3), [], True),
+        (End(False, 1), ["Traceback (most recent call last):", "pkg.CommError: rank 1 is gone"], True),
+        (End(False, 1), ["pkg.CommError: rank 1 is gone", "ValueError: something else"], False),
+        (End(True, signal.SIGKILL), ["pkg.CommError: rank 1 is gone"], False),
+        (End(False, 1), [], False),
+    ],
+)
+def test_a_lost_peer_is_told_by_code_or_last_words(end: End, last_words: list[str], lost: bool) -> None:
+    assert lost_a_peer(end, last_words) is lost
+
+
+def test_a_slow_cause_is_waited_for(launch: Launch) -> None:
+    # Rank 0 ends at once with the error about rank 1, which takes longer than the usual window to end.
+    script = launch.script(
+        "class CommError(Exception): pass\n"
+        "if rank == 0: raise CommError('rank 1 is gone')\n"
+        "time.sleep(0.7)\nsys.exit(9)"
+    )
+    done = launch("-n", "2", script)
+    assert done.returncode == 9
+    assert "rank 1 (pid " in done.stderr.partition("dist-lowbit run:")[2]
 
 
 TOGETHER = {

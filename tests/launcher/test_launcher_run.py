@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import READY, Launch  # type: ignore[import-not-found]
 
 from dist_lowbit.launcher.process import TRAMPOLINE
+from tests.launcher.conftest import READY, Launch
 
 TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs 2 CPUs")
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 
 import pytest
-from conftest import READY, Launch, gone, until  # type: ignore[import-not-found]
 from test_launcher_topology import GOLDEN, machine
 
 from dist_lowbit.launcher.binding import bind, resolve
@@ -19,6 +18,7 @@ from dist_lowbit.launcher.runners.foreign import TRAMPOLINE
 from dist_lowbit.launcher.runners.local import LocalRunner
 from dist_lowbit.launcher.runners.mpirun import MpirunRunner, dialect_of
 from dist_lowbit.launcher.runners.torchrun import TorchrunRunner
+from tests.launcher.conftest import READY, Launch, gone, until
 
 SCRIPT = Program("script", "gen.py", ("--x", "a b"), "/py")
 

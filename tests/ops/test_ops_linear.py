@@ -6,7 +6,6 @@ import ctypes
 
 import pytest
 import torch
-from bounds import exact_linear, linear_bound
 
 from dist_lowbit import ops
 from dist_lowbit.core.errors import KernelError
@@ -15,6 +14,7 @@ from dist_lowbit.ops import reference
 from dist_lowbit.ops.codebooks import bad_codes, integer_table
 from dist_lowbit.ops.library import start_pool
 from dist_lowbit.ops.threads import ThreadPlan
+from tests.bounds import exact_linear, linear_bound
 
 CODES = [name for name, row in FORMATS.items() if reference.exact_codes(row)]
 ELEMENTS = [name for name in FORMATS if name not in CODES]
