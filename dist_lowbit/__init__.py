@@ -1,4 +1,4 @@
-"""Low-bit LLM inference, tensor-parallel over Intel CPU sockets and GPUs.
+"""Low-bit LLM inference, tensor-parallel over CPU sockets.
 
 Public names load on first use, so that the launcher and `--help` start without torch.
 """
@@ -6,9 +6,9 @@ Public names load on first use, so that the launcher and `--help` start without 
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
+from .core.after_import import after_import
 from .core.version import __version__
 
 _FACES = {
@@ -28,5 +28,9 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_FACES[name]), name)
 
 
-if "transformers" in sys.modules:  # its from_pretrained shall know our directories from here on
+def _register() -> None:
     importlib.import_module("dist_lowbit.assembly.hf_quantizer").register()
+
+
+# transformers' from_pretrained shall know our directories, whichever of the two is imported first.
+after_import("transformers.modeling_utils", _register)

@@ -9,9 +9,10 @@ import torch
 
 from dist_lowbit.checkpoint import FileRecord, TensorSource, commit, discard, shard_names
 from dist_lowbit.comm import SingleGroup
-from dist_lowbit.core.errors import CheckpointError
+from dist_lowbit.core.errors import CheckpointError, UsageError
 from dist_lowbit.formats import lookup
 from dist_lowbit.formats.packed import summation_block
+from dist_lowbit.parallel import most_ranks
 from dist_lowbit.parallel.split import whole
 from dist_lowbit.quantize import Recipe
 
@@ -19,7 +20,7 @@ from .build import LowBitState
 from .hf_files import check_target, write_hf_files
 from .optimize import embeddings, form_under
 from .paths import check_conversion
-from .save import Item, Piece, metadata_of, tensor_item, weight_item, write_items
+from .save import Item, Piece, first_weight, metadata_of, tensor_item, weight_item, write_items
 from .skeleton import class_of, empty_model, read_config
 from .source import missing, source_target, source_weights
 from .weights import SourceWeights, cast_name
@@ -42,14 +43,23 @@ def convert(source_dir: Path, directory: Path, recipe: Recipe, tp: int, *, trust
                 f"{source_dir} holds no tensor {strange[0]}; its files do not match its config, or use names that "
                 f"transformers rewrites on loading: load it with from_pretrained(load_in_low_bit=...) and save_low_bit"
             )
+        target, kept = source_target(model, recipe, 1)
+        if tp > most_ranks(target.plan):
+            raise UsageError(f"--tp is {tp}, but this model has work for at most {most_ranks(target.plan)} rank(s)")
         target, kept = source_target(model, recipe, tp)
         left = kept if target.family is None or tp == 1 else frozenset()
         state = LowBitState(recipe, target, SingleGroup(), left)
         items = _items(model, state, weights, source)
+        fresh = not directory.exists()
         check_target(directory)
-        records = _write(state, items, weights, directory)
+        try:
+            records = _write(state, items, weights, directory)
+        except BaseException:
+            if fresh and not any(directory.iterdir()):
+                directory.rmdir()
+            raise
     try:
-        write_hf_files(model, directory, recipe, source_dir)
+        write_hf_files(model, directory, recipe, first_weight(state), source_dir)
         commit(directory, tp, metadata_of(state, model), records)
     except BaseException:
         discard(directory, records)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import nn
 
@@ -42,15 +43,21 @@ def quantization_config(recipe: Recipe) -> dict[str, Any]:
     return {"quant_method": QUANT_METHOD, "low_bit": recipe.format, "group_size": recipe.group_size}
 
 
-def write_stub(directory: Path) -> None:
-    """Write the weight file that transformers looks for."""
-    (directory / STUB).write_bytes(save({}, metadata={"format": "pt", "weights": "see lowbit.json"}))
+def write_stub(directory: Path, weight: str) -> None:
+    """Write the weight file that transformers looks for.
+
+    It holds nothing but one of the model's names with no elements: without dist_lowbit, loading stops at its shape
+    instead of going on with random weights.
+    """
+    nothing = {weight: torch.empty(0)}
+    (directory / STUB).write_bytes(save(nothing, metadata={"format": "pt", "weights": "see lowbit.json"}))
 
 
-def write_hf_files(model: nn.Module, directory: Path, recipe: Recipe, source: Path | None = None) -> None:
+def write_hf_files(model: nn.Module, directory: Path, recipe: Recipe, weight: str, source: Path | None = None) -> None:
     """Write config, generation config and stub of a Hugging Face model, and copy its tokenizer where it is known.
 
-    source: the directory the model came from (None: the one its config names, if that is one).
+    weight: the name of a weight that lowbit.json holds. source: the directory the model came from (None: the one its
+    config names, if that is one).
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -65,7 +72,7 @@ def write_hf_files(model: nn.Module, directory: Path, recipe: Recipe, source: Pa
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(directory)
-    write_stub(directory)
+    write_stub(directory, weight)
     origin = source or Path(getattr(config, "_name_or_path", "") or "/nonexistent")
     if origin.is_dir() and origin.resolve() != directory.resolve():
         copy_tokenizer(origin, directory)

@@ -27,6 +27,9 @@ from .optimize import as_dtype
 from .paths import require_checkpoint
 from .target import linears
 
+# Patterns of names that transformers neither misses nor wonders about.
+_IGNORING = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
+
 
 class LowBitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The note in config.json; everything that matters stands in lowbit.json."""
@@ -65,14 +68,16 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         self._places |= {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
         for name, module in self._places.items():
             set_submodule(model, name, _Held(module))
-        self._ignored = getattr(model, "_keys_to_ignore_on_load_missing", None)
-        model._keys_to_ignore_on_load_missing = [r".*"]  # type: ignore[assignment]
+        self._ignored = {name: getattr(model, name, None) for name in _IGNORING}
+        for name in _IGNORING:
+            setattr(model, name, {r".*"})
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module in self._places.items():
             set_submodule(model, name, module)
-        model._keys_to_ignore_on_load_missing = self._ignored  # type: ignore[assignment]
+        for name, patterns in self._ignored.items():
+            setattr(model, name, patterns)
         config: Any = model.config
         # What the caller chose beside transformers' own default stays as it is.
         own_steps = config._attn_implementation in (None, "sdpa", ATTENTION_NAME)

@@ -23,6 +23,11 @@ def require_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         raise UsageError(f"{path} is no directory; expected one written by save_low_bit or dist-lowbit convert")
     if not is_checkpoint(path):
+        if any(path.glob("lowbit-*.safetensors")):
+            raise UsageError(
+                f"{path} holds data files of a low-bit checkpoint, but no lowbit.json: a save was cut off, or the file "
+                f"is lost; save or convert anew"
+            )
         kind = "an ordinary model" if (path / "config.json").is_file() else "no model"
         raise UsageError(
             f"{path} holds {kind}, no low-bit checkpoint (there is no lowbit.json); "

@@ -122,6 +122,11 @@ def _live_items(model: nn.Module, state: LowBitState) -> list[Item]:
     return items + [tensor_item(name, value, tp) for name, value in other_tensors(model).items()]
 
 
+def first_weight(state: LowBitState) -> str:
+    """Return the name of one of a model's planned weights."""
+    return f"{next(iter(state.target.plan.splits))}.weight"
+
+
 def metadata_of(state: LowBitState, model: nn.Module) -> dict[str, Any]:
     """Return what lowbit.json says beside the tensors: recipe, model, and the units of K that segments are cut at."""
     units = {name: split.unit for name, split in state.target.plan.splits.items() if name not in state.kept}
@@ -201,7 +206,7 @@ def save_low_bit(model: nn.Module, directory: str | Path) -> None:
     if not failures and group.rank == 0:
         try:
             every = [FileRecord.from_json(record) for item in told for record in item["records"]]
-            write_hf_files(model, directory, state.recipe)
+            write_hf_files(model, directory, state.recipe, first_weight(state))
             commit(directory, state.target.plan.tp, metadata_of(state, model), every)
         except (DistLowbitError, OSError) as error:
             failures = [(0, str(error))]

@@ -33,7 +33,7 @@ def chat(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
     temperature: Annotated[float, typer.Option(help="Flattens (above 1) or sharpens the distribution.")] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    bind: Annotated[str, typer.Option(help="Bind ranks to: none, core, numa, socket.")] = "none",
+    bind: Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
     """Talk with a model: one line is one turn, an empty line or end of input ends."""

@@ -32,7 +32,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw from so many most likely tokens; 0 is off.")] = 50,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of so much probability.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    bind: Annotated[str, typer.Option(help="Bind ranks to: none, core, numa, socket.")] = "none",
+    bind: Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:

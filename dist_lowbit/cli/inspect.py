@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,13 +50,13 @@ def inspect(
             group = "" if row.group_size in (None, -1) else str(row.group_size)
             shape = " x ".join(map(str, row.shape))
             table.add_row(row.name, row.format, group, shape, axis, shards, f"{row.bytes:,}")
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=200)
         console.print(table)
         console.print(f"{len(rows)} tensors, {sum(row.bytes for row in rows):,} bytes in {len(head['files'])} file(s)")
     if report is not None:
         if not as_json:
             for problem in report.problems:
-                print(problem)
+                print(f"error: {problem}", file=sys.stderr)
             for name in report.unlisted:
                 print(f"{name} belongs to no checkpoint: a save was cut off; it can be removed")
             if report.ok:

@@ -26,7 +26,7 @@ def start_ranks(directory: Path, ranks: int | None, bind: str, words: Sequence[s
         return None
     if ranks is not None:
         _check_ranks(directory, ranks)
-    if ranks in (None, 1) and bind == "none":
+    if ranks in (None, 1) and bind in ("none", "auto"):
         return None
 
     from dist_lowbit.launcher.__main__ import main as launch

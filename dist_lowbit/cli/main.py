@@ -22,8 +22,9 @@ _BadCommandLine: Any = typer.BadParameter.__base__  # typer shows this class of 
 
 app = typer.Typer(
     name="dist-lowbit",
-    help="Low-bit LLM inference, tensor-parallel over CPU sockets and GPUs.",
+    help="Low-bit LLM inference, tensor-parallel over CPU sockets.",
     add_completion=False,
+    rich_markup_mode=None,  # its boxes cut long names of options short
     pretty_exceptions_enable=False,
 )
 

@@ -42,5 +42,5 @@ def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing more specific
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+        why = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"{directory} holds no usable tokenizer: {why}") from error

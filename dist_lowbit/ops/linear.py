@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from dist_lowbit.core.errors import UsageError
+
 from .elementwise import forbid_gradient
 from .kernel import kernel as kernel_named
 
@@ -14,6 +16,8 @@ _LIBRARY.define("linear(Tensor x, Tensor packed, str kernel, int n) -> Tensor")
 
 
 def _run(x: torch.Tensor, packed: torch.Tensor, kernel: str, n: int) -> torch.Tensor:
+    if not x.is_floating_point():
+        raise UsageError(f"x is {x.dtype}; a Linear takes a floating-point tensor")
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).float()
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         rows = rows.contiguous()

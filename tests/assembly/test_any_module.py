@@ -147,6 +147,12 @@ def test_an_input_of_another_width_is_refused(width: int, compute: str) -> None:
         model(torch.ones(2, width))
 
 
+def test_an_integer_input_is_refused() -> None:
+    model = optimize_model(mlp())
+    with pytest.raises(UsageError, match=r"x is torch\.int64; a Linear takes a floating-point tensor"):
+        model(torch.arange(200).reshape(2, 100))
+
+
 def test_a_backward_pass_is_refused() -> None:
     model = optimize_model(mlp())
     with pytest.raises(UsageError, match=r"dist_lowbit::linear has no gradient"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,35 @@ def test_whisper_transcribes_saves_and_loads(tmp_path: Path) -> None:
     loaded = load_low_bit(fresh, tmp_path)
     mel, tokens = torch.randn(1, 80, 3000), torch.tensor([[50258, 50259]])
     assert torch.equal(loaded(mel, tokens), model(mel, tokens))
+
+
+OTHER_WAY_ROUND = """
+{first}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({path!r})
+print(type(model.lm_head).__name__)
+"""
+
+
+def plain_transformers(first: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """Load a directory of ours in a fresh process that begins with the line `first`."""
+    code = OTHER_WAY_ROUND.format(first=first, path=str(path))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["import dist_lowbit", "import transformers, dist_lowbit", "from dist_lowbit import init_group"],
+)
+def test_plain_transformers_knows_us_in_any_order(first: str, story, tmp_path: Path) -> None:
+    optimize_model(story()).save_low_bit(tmp_path)
+    done = plain_transformers(first, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "LowBitLinear"
+
+
+def test_transformers_alone_stops_instead_of_running_on_random_weights(story, tmp_path: Path) -> None:
+    optimize_model(story()).save_low_bit(tmp_path)
+    done = plain_transformers("", tmp_path)
+    assert done.returncode != 0
+    assert "mismatch" in done.stderr
