@@ -1,7 +1,8 @@
 """Our entry in Hugging Face's quantizer registry: `AutoModel...from_pretrained(saved_dir)` loads our directories.
 
 transformers builds the model on meta and asks the quantizer to prepare it; we take every planned module out, let it
-find nothing to load, and then load the checkpoint ourselves.
+find nothing to load, and then load the checkpoint ourselves. Imported in the middle of transformers' own import (see
+dist_lowbit/__init__.py), so everything that imports transformers in turn is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -18,14 +19,8 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dist_lowbit.core.errors import UsageError
-from dist_lowbit.decoder import ATTENTION_NAME
 
-from .build import set_submodule
 from .hf_files import QUANT_METHOD
-from .load import load_low_bit
-from .optimize import as_dtype
-from .paths import require_checkpoint
-from .target import linears
 
 # Patterns of names that transformers neither misses nor wonders about.
 _IGNORING = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
@@ -62,6 +57,9 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from .build import set_submodule
+        from .target import linears
+
         self._dtype = kwargs.get("dtype")
         # Every Linear and embedding gives way, so that transformers allocates and initialises none of them.
         self._places = {name: model.get_submodule(name) for name in linears(model)}
@@ -74,6 +72,13 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from dist_lowbit.decoder import ATTENTION_NAME
+
+        from .build import set_submodule
+        from .load import load_low_bit
+        from .optimize import as_dtype
+        from .paths import require_checkpoint
+
         for name, module in self._places.items():
             set_submodule(model, name, module)
         for name, patterns in self._ignored.items():
