@@ -9,10 +9,9 @@ import torch
 
 from dist_lowbit.checkpoint import FileRecord, TensorSource, commit, discard, shard_names
 from dist_lowbit.comm import SingleGroup
-from dist_lowbit.core.errors import CheckpointError, UsageError
+from dist_lowbit.core.errors import CheckpointError
 from dist_lowbit.formats import lookup
 from dist_lowbit.formats.packed import summation_block
-from dist_lowbit.parallel import most_ranks
 from dist_lowbit.parallel.split import whole
 from dist_lowbit.quantize import Recipe
 
@@ -43,9 +42,6 @@ def convert(source_dir: Path, directory: Path, recipe: Recipe, tp: int, *, trust
                 f"{source_dir} holds no tensor {strange[0]}; its files do not match its config, or use names that "
                 f"transformers rewrites on loading: load it with from_pretrained(load_in_low_bit=...) and save_low_bit"
             )
-        target, kept = source_target(model, recipe, 1)
-        if tp > most_ranks(target.plan):
-            raise UsageError(f"--tp is {tp}, but this model has work for at most {most_ranks(target.plan)} rank(s)")
         target, kept = source_target(model, recipe, tp)
         left = kept if target.family is None or tp == 1 else frozenset()
         state = LowBitState(recipe, target, SingleGroup(), left)

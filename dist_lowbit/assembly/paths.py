@@ -12,6 +12,10 @@ from dist_lowbit.core.errors import UsageError
 STUB = "model.safetensors"
 
 
+# More ranks than any model has heads or units for: a slip of the finger, told before the model is read.
+_MOST_FILES = 1024
+
+
 def expand(path: str | Path) -> Path:
     """Return a path with ~ expanded, where there is such a home."""
     return Path(os.path.expanduser(path))
@@ -61,8 +65,8 @@ def refuse_target(directory: Path) -> None:
 
 def check_conversion(source: Path, directory: Path, tp: int) -> None:
     """Refuse a conversion that cannot work, as far as paths and numbers tell. A hub id is no path yet: it passes."""
-    if tp < 1:
-        raise UsageError(f"--tp is {tp}; expected at least 1")
+    if not isinstance(tp, int) or not 1 <= tp <= _MOST_FILES:
+        raise UsageError(f"--tp is {tp!r}; expected a number of rank files from 1 to {_MOST_FILES}")
     if is_checkpoint(source):
         raise UsageError(f"{source} is already a low-bit checkpoint; give the original model to convert")
     if source.is_dir() and not (source / "config.json").is_file():

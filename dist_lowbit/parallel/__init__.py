@@ -2,7 +2,7 @@
 
 from .embedding import ParallelEmbedding
 from .linear import LowBitLinear
-from .plan import Plan, make_plan, most_ranks, whole_plan
+from .plan import Plan, make_plan, whole_plan
 from .split import Split, owned_ranges
 from .units import segment_cuts
 
@@ -12,7 +12,6 @@ __all__ = [
     "Plan",
     "Split",
     "make_plan",
-    "most_ranks",
     "owned_ranges",
     "segment_cuts",
     "whole_plan",

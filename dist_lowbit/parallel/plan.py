@@ -12,7 +12,7 @@ from dist_lowbit.core.errors import PlanError
 
 from .roles import ROLES, WHOLE
 from .split import Split, whole
-from .units import Range, count, rank_ranges
+from .units import Range, rank_ranges
 
 # Rows of the vocabulary are dealt out in these steps; a multiple of every kernel's row interleave.
 VOCAB_UNIT = 64
@@ -159,12 +159,6 @@ def make_plan(
         if ROLES[str(named[name])].pieces == ("q",)
     }
     return Plan(tp, splits, heads)
-
-
-def most_ranks(plan: Plan) -> int:
-    """Return how many ranks can have work under a plan: the units of the axis that has most of them."""
-    summed = [count(split.shape[1], split.unit) for split in plan.splits.values() if split.axis == 1]
-    return max(summed, default=1)
 
 
 def whole_plan(shapes: Mapping[str, tuple[int, int]], block_of: Callable[[str], int], tp: int = 1) -> Plan:

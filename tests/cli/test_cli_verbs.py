@@ -139,7 +139,7 @@ def test_inspect_verify_finds_a_flipped_byte(tiny: Path, cli: Cli, tmp_path: Pat
     done = cli("inspect", tmp_path / "out", "--verify")
     assert done.code == 2
     assert "every checksum fits" not in done.out
-    assert data.name in done.out
+    assert data.name in done.err
 
 
 def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
