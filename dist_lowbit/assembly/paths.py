@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_lowbit.checkpoint import is_checkpoint
 from dist_lowbit.core.errors import UsageError
 
-# transformers refuses a directory without one of its weight files; this one holds no tensor.
+# transformers refuses a directory without one of its weight files; this one holds no values.
 STUB = "model.safetensors"
 
 

@@ -9,7 +9,7 @@ the top of the same tree: the same bits as with one rank.
 
 from __future__ import annotations
 
-SEGMENTS = 8
+from dist_lowbit.ops import whole_cuts
 
 Range = tuple[int, int]
 
@@ -31,7 +31,5 @@ def segment_cuts(size: int, unit: int, held: Range | None = None) -> tuple[int, 
 
     `held` is the rank's [start, stop) of the axis (None: all of it). A segment outside it is empty: equal ends.
     """
-    units = count(size, unit)
     start, stop = held if held is not None else (0, size)
-    edges = (min(size, i * units // SEGMENTS * unit) for i in range(SEGMENTS + 1))
-    return tuple(min(max(edge, start), stop) - start for edge in edges)
+    return tuple(min(max(edge, start), stop) - start for edge in whole_cuts(size, unit))

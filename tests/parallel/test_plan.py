@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from dist_lowbit.core.errors import PlanError
 from dist_lowbit.models import FAMILIES, ModelDims
+from dist_lowbit.ops.spec import SEGMENTS
 from dist_lowbit.parallel import make_plan, owned_ranges, segment_cuts
 from dist_lowbit.parallel.plan import VOCAB_UNIT, match_role, query_unit
-from dist_lowbit.parallel.units import SEGMENTS, count, rank_ranges
+from dist_lowbit.parallel.units import count, rank_ranges
 
 SIZES = st.integers(1, 3000)
 UNITS = st.sampled_from([1, 32, 64, 96, 128, 320])
