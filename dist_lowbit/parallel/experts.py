@@ -8,6 +8,7 @@ from torch import nn
 from dist_lowbit import ops
 from dist_lowbit.comm import Group
 from dist_lowbit.formats import PackedWeight
+from dist_lowbit.formats.packed import merge
 
 from .split import Split
 
@@ -41,7 +42,7 @@ class ExpertStack(nn.Module):
     def unpack(self) -> PackedWeight:
         """Return this rank's stacked weight in its portable form, exactly as it was given."""
         kernel = ops.kernel(self.kernel)
-        return PackedWeight.merge([kernel.unpack(row, self.spec) for row in self.packed], 0)
+        return merge([kernel.unpack(row, self.spec) for row in self.packed], 0)
 
     def extra_repr(self) -> str:
         """Describe the stack in a module's printout."""
