@@ -18,6 +18,7 @@ import torch
 from dist_lowbit.core.errors import CommError, UsageError
 from dist_lowbit.core.rank import RankInfo
 
+from .collective import NativeCollective, called_back
 from .group import Group, Json
 from .meeting import Exchange, Meeting
 from .peers import Peer
@@ -158,6 +159,9 @@ class BaseGroup(ABC):
             return [answers[rank] for rank in ranks]
 
         return self._subgroup(ranks.index(self.rank), peers, exchange, f"{color}")
+
+    def native_collective(self) -> NativeCollective:
+        return called_back(self) if self.size > 1 else NativeCollective(None, lambda: None)
 
     # ---- errors and the end
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
+
+if TYPE_CHECKING:
+    from .collective import NativeCollective
 
 Json = Any  # what json.dumps takes: None, bool, int, float, str, lists, and dicts with text keys
 
@@ -74,6 +77,10 @@ class Group(Protocol):
 
         All ranks of this group call it. The new group is closed on its own.
         """
+        ...
+
+    def native_collective(self) -> NativeCollective:
+        """Return the table through which compiled code makes this group's calls, without Python where it can."""
         ...
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from dist_lowbit.core.rank import RankInfo
 
 from . import segment
 from .base import BaseGroup
+from .collective import NativeCollective, Table
 from .group import Json
 from .meeting import Exchange, Meeting
 from .peers import Peer, is_stopped, one_machine, open_pidfd
@@ -55,6 +56,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "dlb_shm_try_broadcast": (c_int, [c_void_p, c_void_p, c_uint64, c_int, c_double]),
     "dlb_shm_try_barrier": (c_int, [c_void_p, c_double]),
     "dlb_shm_all_reduce": (c_int, [c_void_p, c_void_p, c_size_t, c_double]),
+    "dlb_shm_collective": (None, [c_void_p, c_double, POINTER(Table)]),
     "dlb_shm_fault": (None, [c_void_p, POINTER(Fault)]),
     "dlb_shm_leave": (None, [c_void_p]),
     "dlb_shm_close": (None, [c_void_p]),
@@ -84,7 +86,7 @@ class ShmGroup(BaseGroup):
 
     def __init__(self, rank: int, peers: Sequence[Peer], timeout: float, library: ctypes.CDLL, handle: int) -> None:
         super().__init__(rank, peers, timeout)
-        self.handle = handle  # dlb_shm*, for compiled code that calls dlb_shm_all_reduce itself
+        self.handle = handle  # dlb_shm*
         self._library = library
         self._finalizer = weakref.finalize(self, _release, library, handle, os.getpid())
 
@@ -97,8 +99,9 @@ class ShmGroup(BaseGroup):
         library = native()
         if library is None:
             return f"the compiled library is missing: {native_why_not()}"
-        if not hasattr(library, "dlb_shm_attach"):
-            return "the compiled library has no shared memory collectives"
+        missing = [function for function in _SIGNATURES if not hasattr(library, function)]
+        if missing:
+            return f"the compiled library is older than this package (it lacks {missing[0]}); build it again"
         return segment.no_room(int(bind(library).dlb_shm_region_bytes()) * info.world_size)
 
     @classmethod
@@ -156,33 +159,44 @@ class ShmGroup(BaseGroup):
         code = CODES[x.dtype]
         pointer, count = x.data_ptr(), x.numel()
         while status := self._library.dlb_shm_try_all_reduce(self.handle, pointer, count, code, timeout):
-            self.check_status(status, f"all_reduce of {count} {ELEMENTS[code]}", timeout)
+            self._check(status, f"all_reduce of {count} {ELEMENTS[code]}", timeout)
 
     def _all_gather(self, x: torch.Tensor, out: torch.Tensor, counts: list[int], timeout: float) -> None:
         own, result = x.data_ptr(), out.data_ptr()
         table = (c_uint64 * self.size)(*counts)
         while status := self._library.dlb_shm_try_all_gather(self.handle, own, result, table, timeout):
-            self.check_status(status, f"all_gather of {x.numel()} bytes", timeout)
+            self._check(status, f"all_gather of {x.numel()} bytes", timeout)
 
     def _broadcast(self, x: torch.Tensor, source: int, timeout: float) -> None:
         pointer, count = x.data_ptr(), x.numel()
         while status := self._library.dlb_shm_try_broadcast(self.handle, pointer, count, source, timeout):
-            self.check_status(status, f"broadcast of {count} bytes from rank {source}", timeout)
+            self._check(status, f"broadcast of {count} bytes from rank {source}", timeout)
 
     def _barrier(self, timeout: float) -> None:
         while status := self._library.dlb_shm_try_barrier(self.handle, timeout):
-            self.check_status(status, "barrier", timeout)
+            self._check(status, "barrier", timeout)
 
-    def check_status(self, status: int, call: str, timeout: float) -> None:
-        """Raise the CommError behind a status that a dlb_shm function returned; return if it was OK or AGAIN.
+    def native_collective(self) -> NativeCollective:
+        table = Table()
+        self._run(lambda: self._library.dlb_shm_collective(self.handle, self.timeout, byref(table)))
 
-        Also for compiled code that calls dlb_shm_all_reduce with `handle`; `call` names it.
-        """
-        if status != FAULT:
-            return
+        def raise_fault() -> None:
+            fault = self._fault()
+            if fault.kind:
+                self._check(FAULT, "a call of compiled code", self.timeout)
+
+        return NativeCollective(table, lambda: self._run(raise_fault))
+
+    def _fault(self) -> Fault:
         fault = Fault()
         self._library.dlb_shm_fault(self.handle, byref(fault))
-        raise CommError(self._sentence(fault, call, timeout), fault.rank)
+        return fault
+
+    def _check(self, status: int, call: str, timeout: float) -> None:
+        """Raise the CommError behind a status that a dlb_shm function returned; return if it was OK or AGAIN."""
+        if status == FAULT:
+            fault = self._fault()
+            raise CommError(self._sentence(fault, call, timeout), fault.rank)
 
     def _sentence(self, fault: Fault, call: str, timeout: float) -> str:
         peer = self.peers[fault.rank]

@@ -83,6 +83,7 @@ struct dlb_shm {
     bool probed;
     bool failed;
     dlb_shm_fault_info fault;
+    double collective_timeout;  // of calls through dlb_collective
     int32_t pids[kMaxRanks];
     int32_t pidfds[kMaxRanks];
     int8_t program[kMaxProgram];
@@ -513,6 +514,21 @@ int reduce_large(dlb_shm* g, char* data, size_t count, int dtype, double timeout
     }
 }
 
+int collective_all_reduce(void* context, float* data, int64_t count) {
+    dlb_shm* g = static_cast<dlb_shm*>(context);
+    return dlb_shm_all_reduce(g, data, size_t(count), g->collective_timeout);
+}
+
+int collective_all_gather(void* context, const float* own, float* out, const int64_t* counts) {
+    dlb_shm* g = static_cast<dlb_shm*>(context);
+    uint64_t bytes[kMaxRanks];
+    for (int p = 0; p < g->size; p++) bytes[p] = uint64_t(counts[p]) * sizeof(float);
+    int status;
+    do status = dlb_shm_try_all_gather(g, own, out, bytes, g->collective_timeout);
+    while (status == DLB_SHM_AGAIN);
+    return status;
+}
+
 }  // namespace
 
 extern "C" {
@@ -615,6 +631,11 @@ int dlb_shm_try_barrier(dlb_shm* g, double timeout) {
     if (!g->published) publish(g, DLB_SHM_BARRIER, kBytes, 0, 0);
     const int status = wait_all(g, nullptr, timeout);
     return status == DLB_SHM_OK ? finish(g) : status;
+}
+
+void dlb_shm_collective(dlb_shm* g, double timeout, dlb_collective* out) {
+    g->collective_timeout = timeout;
+    *out = dlb_collective{g, g->rank, g->size, collective_all_reduce, collective_all_gather};
 }
 
 void dlb_shm_fault(const dlb_shm* g, dlb_shm_fault_info* info) { *info = g->fault; }

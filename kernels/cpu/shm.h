@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "collective.h"
+
 #define DLB_SHM_API __attribute__((visibility("default")))
 
 extern "C" {
@@ -65,6 +67,9 @@ DLB_SHM_API int dlb_shm_try_barrier(dlb_shm* group, double timeout);
 
 // Sum data[0, count) over all ranks in place and return when it is done: DLB_SHM_OK or DLB_SHM_FAULT.
 DLB_SHM_API int dlb_shm_all_reduce(dlb_shm* group, float* data, size_t count, double timeout);
+
+// Fill in the table through which compiled code calls this group; `timeout` as above. Valid until dlb_shm_close.
+DLB_SHM_API void dlb_shm_collective(dlb_shm* group, double timeout, dlb_collective* out);
 
 DLB_SHM_API void dlb_shm_fault(const dlb_shm* group, dlb_shm_fault_info* info);
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from dist_lowbit.comm import Group, init_group, subgroup_info, tree_sum, why_not
+from dist_lowbit.comm.collective import Table
 from dist_lowbit.comm.peers import myself, to_json
 from dist_lowbit.comm.tree import DTYPES
 from dist_lowbit.core.errors import CommError, UsageError
@@ -118,6 +120,26 @@ def check_barrier(group: Group) -> None:
         assert time.monotonic() >= max(moments)
 
 
+def check_native(group: Group) -> None:
+    """The table of C functions does the same, called as compiled code calls it."""
+    collective = group.native_collective()
+    if group.size == 1:
+        assert collective.address == 0
+        return
+    table = Table.from_address(collective.address)
+    assert (table.rank, table.size) == (group.rank, group.size)
+    for count in (0, 1, 4096, 131072):
+        parts = [values(count, rank, count + rank, torch.float32) for rank in range(group.size)]
+        own = parts[group.rank][:count].clone()
+        assert table.all_reduce(table.context, own.data_ptr(), count) == 0
+        assert same_bits(own, tree_sum([part[:count] for part in parts]))
+        counts = (ctypes.c_int64 * group.size)(*(part.numel() for part in parts))
+        out = torch.empty(sum(counts))
+        assert table.all_gather(table.context, parts[group.rank].data_ptr(), out.data_ptr(), counts) == 0
+        assert same_bits(out, torch.cat(parts))
+    collective.check()
+
+
 def check_arguments(group: Group) -> None:
     """Refused before anything is sent, so the group lives on."""
     for call, text in (
@@ -218,10 +240,16 @@ def conformance(job: Job) -> dict[str, Any]:
 def failing_call(job: Job, group: Group) -> dict[str, Any]:
     """Call until it fails; return how it ended and how long after the trouble began."""
     x = torch.ones(job.args["count"])
+    collective = group.native_collective()
+    table = Table.from_address(collective.address)
 
     def repeat() -> None:
         while True:
-            group.all_reduce(x.fill_(1.0))
+            if not job.args["native"]:
+                group.all_reduce(x.fill_(1.0))
+            elif table.all_reduce(table.context, x.fill_(1.0).data_ptr(), x.numel()):
+                assert table.all_reduce(table.context, x.data_ptr(), x.numel())
+                collective.check()
 
     with pytest.raises(CommError) as caught:
         repeat()

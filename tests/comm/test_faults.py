@@ -28,8 +28,18 @@ FATES = {
 @pytest.mark.parametrize("count", [1000, 300000])
 @pytest.mark.parametrize("fate", FATES)
 def test_the_rank_at_fault_is_named_in_time(backend: str, fate: str, count: int, farm: Farm) -> None:
+    name_the_victim(farm, backend, fate, count, native=False)
+
+
+@BOTH
+def test_the_rank_at_fault_is_named_to_compiled_callers(backend: str, farm: Farm) -> None:
+    name_the_victim(farm, backend, "SIGKILL", 1000, native=True)
+
+
+def name_the_victim(farm: Farm, backend: str, fate: str, count: int, native: bool) -> None:
+    """Run all-reduces until the victim meets its fate, and look at what the others know of it."""
     require(backend)
-    args = {"backend": backend, "victim": VICTIM, "fate": fate, "count": count, "timeout": TIMEOUT}
+    args = {"backend": backend, "victim": VICTIM, "fate": fate, "count": count, "timeout": TIMEOUT, "native": native}
     outcome = farm.run("trouble", 3, args, lost=(VICTIM,), timeout=10)
     text, within = FATES[fate]
     if backend == "gloo":
