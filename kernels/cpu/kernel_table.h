@@ -48,13 +48,21 @@ struct ActView {
 // Quantize one row of k floats to int8 per block; writes q up to the next multiple of 32, zeros beyond k.
 using QuantizeFn = void (*)(const float* x, int64_t k, int64_t block, int8_t* q, float* scale, int32_t* sum);
 
+// Where results go: token m and row n of the weight to y[m * stride + n]. segment_stride 0: the sum of the segments.
+// Else segment s to y[s * segment_stride + m * stride + n], and nothing is written for an empty one.
+struct LinearOut {
+    float* y;
+    int64_t stride;
+    int64_t segment_stride;
+};
+
 // y[m, n] for the rows of panels [panel_begin, panel_end) and the tokens [m_begin, m_end).
 using LinearFn = void (*)(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end,
-                          int64_t m_begin, int64_t m_end, float* y, int64_t y_stride);
+                          int64_t m_begin, int64_t m_end, const LinearOut& out);
 
 // The same for elements and fp32 activations x[m, k].
 using ElementFn = void (*)(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin,
-                           int64_t panel_end, int64_t m_begin, int64_t m_end, float* y, int64_t y_stride);
+                           int64_t panel_end, int64_t m_begin, int64_t m_end, const LinearOut& out);
 
 using ReadFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 

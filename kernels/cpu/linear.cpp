@@ -96,17 +96,18 @@ int run_codes(const KernelTable& table, const dlb_linear_spec& spec, const Linea
     quantize_rows(table, view, x, x_stride, m, activations);
     const LinearFn run = (spec.codec == DLB_TABLE ? table.linear_table : table.linear_affine)[spec.bits];
     const ActView a = activations.view();
+    const LinearOut out = {y, y_stride, 0};
     for_tiles(view, m, a.q_stride + 8 * a.blocks,
-              [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { run(view, a, p0, p1, m0, m1, y, y_stride); });
+              [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { run(view, a, p0, p1, m0, m1, out); });
     return DLB_OK;
 }
 
 int run_elements(const KernelTable& table, const LinearView& view, const float* x, int64_t x_stride, int64_t m,
                  float* y, int64_t y_stride) {
     const ElementFn run = table.linear_element[view.element];
-    for_tiles(view, m, view.k * 4, [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) {
-        run(view, x, x_stride, p0, p1, m0, m1, y, y_stride);
-    });
+    const LinearOut out = {y, y_stride, 0};
+    for_tiles(view, m, view.k * 4,
+              [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { run(view, x, x_stride, p0, p1, m0, m1, out); });
     return DLB_OK;
 }
 

@@ -192,13 +192,29 @@ struct AffineTile {
     }
 };
 
-// Add the segments of a tile in the tree and store `rows` results of each token.
+// Store `rows` results of each token.
+template <class V, int Tokens>
+inline void store_tile(typename V::F (&value)[V::kHalves][Tokens], int64_t rows, float* y, int64_t stride) {
+    for (int t = 0; t < Tokens; ++t) {
+        float row[kPanelRows];
+        float* out = rows == kPanelRows ? y + t * stride : row;
+        for (int h = 0; h < V::kHalves; ++h) V::store(out + h * V::kLanes, value[h][t]);
+        if (out == row) memcpy(y + t * stride, row, static_cast<size_t>(rows) * sizeof(float));
+    }
+}
+
+// Add the segments of a tile in the tree and store the sum, or store each of them. `out` is moved to the tile's place.
 template <class V, int Tokens>
 inline void finish_tile(const LinearView& w, typename V::F (&value)[kSegments][V::kHalves][Tokens], int64_t rows,
-                        float* y, int64_t y_stride) {
+                        const LinearOut& out) {
     using F = typename V::F;
     bool present[kSegments];
     for (int s = 0; s < kSegments; ++s) present[s] = w.cuts[s] < w.cuts[s + 1];
+    if (out.segment_stride != 0) {
+        for (int s = 0; s < kSegments; ++s)
+            if (present[s]) store_tile<V, Tokens>(value[s], rows, out.y + s * out.segment_stride, out.stride);
+        return;
+    }
     F* flat = value[0][0];
     constexpr int kSize = V::kHalves * Tokens;
     segment_tree(
@@ -209,38 +225,32 @@ inline void finish_tile(const LinearView& w, typename V::F (&value)[kSegments][V
         [&](int a, int b) {
             for (int i = 0; i < kSize; ++i) flat[a * kSize + i] = flat[b * kSize + i];
         });
-    for (int t = 0; t < Tokens; ++t) {
-        float row[kPanelRows];
-        float* out = rows == kPanelRows ? y + t * y_stride : row;
-        for (int h = 0; h < V::kHalves; ++h) V::store(out + h * V::kLanes, value[0][h][t]);
-        if (out == row) memcpy(y + t * y_stride, row, static_cast<size_t>(rows) * sizeof(float));
-    }
+    store_tile<V, Tokens>(value[0], rows, out.y, out.stride);
 }
 
 // The tokens [m, m + count), count <= Tokens, with the smallest tile that holds them.
 template <class V, int B0, int B1, bool Table, int Tokens>
 inline void affine_tokens(const LinearView& w, const uint8_t* panel, const ActView& x, int64_t m, int64_t count,
-                          bool first, int64_t rows, float* y, int64_t y_stride) {
+                          bool first, int64_t rows, const LinearOut& out) {
     if constexpr (Tokens > 1) {
-        if (count < Tokens)
-            return affine_tokens<V, B0, B1, Table, Tokens - 1>(w, panel, x, m, count, first, rows, y, y_stride);
+        if (count < Tokens) return affine_tokens<V, B0, B1, Table, Tokens - 1>(w, panel, x, m, count, first, rows, out);
     }
     AffineTile<V, B0, B1, Table, Tokens> tile(w, panel, x, m, first);
     for (int s = 0; s < kSegments; ++s)
         if (w.cuts[s] < w.cuts[s + 1]) tile.run_segment(s, x.blocks);
-    finish_tile<V, Tokens>(w, tile.value, rows, y, y_stride);
+    finish_tile<V, Tokens>(w, tile.value, rows, out);
 }
 
 template <class V, int B0, int B1, bool Table = false>
 void linear_affine(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end, int64_t m_begin,
-                   int64_t m_end, float* y, int64_t y_stride) {
+                   int64_t m_end, const LinearOut& out) {
     for (int64_t p = panel_begin; p < panel_end; ++p) {
         const uint8_t* panel = w.panels + p * w.panel_bytes;
         const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
         for (int64_t m = m_begin; m < m_end; m += V::kTokens) {
             const int64_t count = m_end - m < V::kTokens ? m_end - m : V::kTokens;
-            affine_tokens<V, B0, B1, Table, V::kTokens>(w, panel, x, m, count, m == m_begin, rows,
-                                                        y + m * y_stride + first, y_stride);
+            const LinearOut at = {out.y + m * out.stride + first, out.stride, out.segment_stride};
+            affine_tokens<V, B0, B1, Table, V::kTokens>(w, panel, x, m, count, m == m_begin, rows, at);
         }
     }
 }

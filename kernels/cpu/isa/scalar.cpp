@@ -136,10 +136,23 @@ void run_segments(const LinearView& w, const uint8_t* panel, const ActView& x, i
     }
 }
 
-// Add the segments of a tile in the tree and store the panel's rows of each token.
-void finish_tile(const LinearView& w, int64_t panel, int tokens, Values& value, float* y, int64_t y_stride) {
+// Store the panel's rows of each token from `m` on; y is where the whole product starts.
+void store_tile(const LinearView& w, int64_t panel, int64_t m, int tokens, float (&value)[kTokens][kPanelRows],
+                float* y, int64_t stride) {
+    const int64_t first = panel * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
+    for (int t = 0; t < tokens; ++t)
+        memcpy(y + (m + t) * stride + first, value[t], static_cast<size_t>(rows) * sizeof(float));
+}
+
+// Add the segments of a tile in the tree and store the sum, or store each of them.
+void finish_tile(const LinearView& w, int64_t panel, int64_t m, int tokens, Values& value, const LinearOut& out) {
     bool present[kSegments];
     for (int s = 0; s < kSegments; ++s) present[s] = w.cuts[s] < w.cuts[s + 1];
+    if (out.segment_stride != 0) {
+        for (int s = 0; s < kSegments; ++s)
+            if (present[s]) store_tile(w, panel, m, tokens, value[s], out.y + s * out.segment_stride, out.stride);
+        return;
+    }
     float* flat = value[0][0];
     constexpr int kSize = kTokens * kPanelRows;
     segment_tree(
@@ -148,20 +161,18 @@ void finish_tile(const LinearView& w, int64_t panel, int tokens, Values& value, 
             for (int i = 0; i < kSize; ++i) flat[a * kSize + i] += flat[b * kSize + i];
         },
         [&](int a, int b) { memcpy(flat + a * kSize, flat + b * kSize, kSize * sizeof(float)); });
-    const int64_t first = panel * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
-    for (int t = 0; t < tokens; ++t)
-        memcpy(y + t * y_stride + first, value[0][t], static_cast<size_t>(rows) * sizeof(float));
+    store_tile(w, panel, m, tokens, value[0], out.y, out.stride);
 }
 
 template <bool Table>
 void linear(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end, int64_t m_begin,
-            int64_t m_end, float* y, int64_t y_stride) {
+            int64_t m_end, const LinearOut& out) {
     Values value;
     for (int64_t p = panel_begin; p < panel_end; ++p)
         for (int64_t m = m_begin; m < m_end; m += kTokens) {
             const int tokens = static_cast<int>(m_end - m < kTokens ? m_end - m : kTokens);
             run_segments<Table>(w, w.panels + p * w.panel_bytes, x, m, tokens, value);
-            finish_tile(w, p, tokens, value, y + m * y_stride, y_stride);
+            finish_tile(w, p, m, tokens, value, out);
         }
 }
 
@@ -198,7 +209,7 @@ void add_element_block(const LinearView& w, const uint8_t* panel, int64_t block,
 }
 
 void linear_element(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin, int64_t panel_end,
-                    int64_t m_begin, int64_t m_end, float* y, int64_t y_stride) {
+                    int64_t m_begin, int64_t m_end, const LinearOut& out) {
     Values value;
     for (int64_t p = panel_begin; p < panel_end; ++p)
         for (int64_t m = m_begin; m < m_end; ++m) {
@@ -208,7 +219,7 @@ void linear_element(const LinearView& w, const float* x, int64_t x_stride, int64
                     const int64_t k = b * w.block, end = k + w.block < w.k ? k + w.block : w.k;
                     add_element_block(w, w.panels + p * w.panel_bytes, b, k, end, x + m * x_stride, value[s][0]);
                 }
-            finish_tile(w, p, 1, value, y + m * y_stride, y_stride);
+            finish_tile(w, p, m, 1, value, out);
         }
 }
 
