@@ -147,5 +147,6 @@ class Program:
     final_project: LowBitLinear | None = None
     positions: torch.Tensor | None = None  # learned position embeddings [P, hidden]
     position_offset: int = 0
+    mask_positions: bool = False  # HF counts positions from the padding mask where none are given (else from slot 0)
     logit_scale: float = 1.0
     logit_softcap: float = 0.0

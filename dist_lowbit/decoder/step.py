@@ -14,6 +14,8 @@ from .program import Program
 BLOCK_SLOTS = 32  # tokens per block of the cache
 KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 
+_LISTS = ("keys", "values", "key_scales", "value_scales")
+
 
 @dataclass
 class KvStore:
@@ -49,6 +51,25 @@ class KvStore:
     def blocks(self) -> int:
         """Return how many blocks there are."""
         return self.keys[0].shape[0] if self.keys else 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return every tensor of the store; axis 0 of each is the block."""
+        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
+
+    def grown(self, blocks: int) -> KvStore:
+        """Return another store of more blocks whose first ones hold what this one held; this one is empty afterwards.
+
+        Layer by layer, so that no more than one is there twice.
+        """
+        larger = KvStore(self.dtype, [], [], [], [])
+        for name in _LISTS:
+            tensors, into = getattr(self, name), getattr(larger, name)
+            while tensors:
+                old = tensors.pop(0)
+                new = old.new_zeros((blocks, *old.shape[1:]))
+                new[: old.shape[0]].copy_(old)
+                into.append(new)
+        return larger
 
 
 @dataclass(frozen=True)

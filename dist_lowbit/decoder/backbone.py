@@ -1,0 +1,197 @@
+"""The module that stands in for a Hugging Face base model and runs the fused decoder.
+
+Only the base model is swapped: the head, the loss and `generate()` stay Hugging Face's. The swapped module keeps the
+old one's children under their names, so a checkpoint looks the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from dist_lowbit.core.errors import UsageError
+from dist_lowbit.core.log import logger
+
+from .cache import PagedBatch, adopt, batch_of, release
+from .program import Program
+from .step import Executor, Step
+
+# Arguments of base models that ask for nothing, or for what is done anyway.
+_HARMLESS = frozenset({"return_dict", "use_cache", "cache_position", "logits_to_keep", "num_items_in_batch"})
+
+
+class FusedBackbone(nn.Module):
+    """Compute the last hidden states of a model with one executor call per step.
+
+    Takes what Hugging Face's base models take; all ranks must call together with the same arguments. What the decoder
+    does not compute (hidden states of all layers, attention weights, masks of four dimensions, other inputs) is left to
+    Hugging Face's forward over the same weights, and said once.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        program: Program,
+        executor: Executor,
+        kv_cache_dtype: str,
+        no_fallback: str | None = None,
+    ) -> None:
+        """no_fallback: why Hugging Face's own forward cannot run here, None where it can."""
+        super().__init__()
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        for name, parameter in original.named_parameters(recurse=False):
+            self.register_parameter(name, nn.Parameter(parameter.detach(), requires_grad=False))
+        for name, buffer in original.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
+        self._original = (original,)  # in a tuple, which nn.Module does not look into: no second set of names
+        self.config: Any = original.config
+        self.program, self.executor, self.kv_cache_dtype = program, executor, kv_cache_dtype
+        self._no_fallback = no_fallback
+        self._told: set[str] = set()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that Hugging Face's code reads off a base model."""
+        return self._original[0].dtype  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights are."""
+        return self._original[0].device  # type: ignore[return-value]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
+        return self.program.embed
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **rest: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return the last hidden states [B, T, hidden] (zeros at padding) and the cache."""
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        why = self._why_not(attention_mask, position_ids, rest)
+        if why is not None:
+            return self._hugging_face(why, inputs | rest)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise UsageError("give the model either input_ids or inputs_embeds")
+        keep = self.config.use_cache if use_cache is None else use_cache
+        cache = past_key_values if past_key_values is not None else DynamicCache()
+        kept, mask = _masks(attention_mask, given.shape[0], given.shape[1], cache.get_seq_length())
+        batch = batch_of(cache) or adopt(cache, self.program, self.kv_cache_dtype, kept)
+        _check_batch(batch, kept)
+        hidden = self._run(batch, input_ids, inputs_embeds, _positions(position_ids, batch, mask, self.program), mask)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=cache if keep or past_key_values is not None else None
+        )
+
+    def _run(
+        self,
+        batch: PagedBatch,
+        ids: torch.Tensor | None,
+        embeds: torch.Tensor | None,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run the real tokens of a padded input [B, T], and put their hidden states back in their places."""
+        rows, width = mask.shape
+        counts = mask.sum(dim=1).tolist()
+        present = [row for row, count in enumerate(counts) if count]
+        batch.append(mask)
+        hidden = torch.zeros(rows, width, self.program.hidden)
+        if not present:
+            return hidden
+        begins = torch.tensor([0, *(counts[row] for row in present)]).cumsum(0)
+        step = Step(
+            ids=None if ids is None else ids[mask].to(torch.int32),
+            embeds=None if embeds is None else embeds[mask].float(),
+            positions=positions[mask].to(torch.int32),
+            row_begin=begins.to(torch.int32),
+            lengths=torch.tensor([batch.blocks.lengths[row] for row in present], dtype=torch.int32),
+            table=batch.blocks.table(present),
+            wanted=torch.arange(int(begins[-1])),
+            store=batch.blocks.store,
+        )
+        try:
+            hidden[mask] = self.executor.step(step, logits=False)
+        except BaseException:
+            batch.crop(width)  # what the step did not compute is not in the cache
+            raise
+        return hidden
+
+    def _why_not(self, mask: torch.Tensor | None, positions: torch.Tensor | None, rest: dict[str, Any]) -> str | None:
+        """Return what a call asks for that the decoder does not compute."""
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = rest.get(name)
+            if asked or (asked is None and getattr(self.config, name, False)):
+                return name
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            return "a mask that is not of [batch, tokens]"
+        if positions is not None and positions.dim() != 2:
+            return "positions of more than one kind"
+        ignored = _HARMLESS | {"output_hidden_states", "output_attentions"}
+        odd = [name for name, value in rest.items() if name not in ignored and value is not None and value is not False]
+        return odd[0] if odd else None
+
+    def _hugging_face(self, why: str, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
+        if self._no_fallback is not None:
+            raise UsageError(f"this call asks for {why}, which needs Hugging Face's forward: {self._no_fallback}")
+        if why not in self._told:
+            self._told.add(why)
+            logger.warning("this call asks for %s: Hugging Face's forward computes it, slower than the decoder", why)
+        cache = inputs.get("past_key_values")
+        batch = batch_of(cache) if cache is not None else None
+        if batch is not None:
+            release(cache, batch, self.dtype)
+        result: BaseModelOutputWithPast = self._original[0](**{k: v for k, v in inputs.items() if v is not None})
+        return result
+
+
+def _masks(given: torch.Tensor | None, rows: int, width: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which positions are real: of the cache, bool [B, seen], and of the input, bool [B, T]."""
+    if given is None:
+        return torch.ones(rows, seen, dtype=torch.bool), torch.ones(rows, width, dtype=torch.bool)
+    if given.shape != (rows, seen + width):
+        raise UsageError(
+            f"attention_mask has shape {list(given.shape)}; expected {[rows, seen + width]}: the tokens of the cache and "
+            "of the input"
+        )
+    real = given.bool()
+    return real[:, :seen], real[:, seen:]
+
+
+def _check_batch(batch: PagedBatch, kept: torch.Tensor) -> None:
+    if kept.shape[0] != batch.rows:
+        raise UsageError(f"the input has {kept.shape[0]} rows and the cache {batch.rows}; they must be the same")
+    if not torch.equal(kept, batch.kept):
+        raise UsageError(
+            "attention_mask hides tokens of the cache that were visible before, or the other way round; "
+            "start with an empty cache"
+        )
+
+
+def _positions(given: torch.Tensor | None, batch: PagedBatch, mask: torch.Tensor, program: Program) -> torch.Tensor:
+    """Return the position of every input token, int64 [B, T]: as given, or as Hugging Face counts them."""
+    if given is not None:
+        return given.expand(mask.shape)
+    if program.mask_positions:
+        before = batch.kept.sum(dim=1, keepdim=True)
+        return (before + mask.cumsum(dim=1) - 1).clamp(min=0)
+    return torch.arange(batch.seen, batch.seen + mask.shape[1]).expand(mask.shape)
