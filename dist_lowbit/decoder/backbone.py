@@ -170,8 +170,8 @@ def _masks(given: torch.Tensor | None, rows: int, width: int, seen: int) -> tupl
         return torch.ones(rows, seen, dtype=torch.bool), torch.ones(rows, width, dtype=torch.bool)
     if given.shape != (rows, seen + width):
         raise UsageError(
-            f"attention_mask has shape {list(given.shape)}; expected {[rows, seen + width]}: the tokens of the cache and "
-            "of the input"
+            f"attention_mask has shape {list(given.shape)}; expected {[rows, seen + width]}: the tokens of the "
+            "cache and of the input"
         )
     real = given.bool()
     return real[:, :seen], real[:, seen:]
