@@ -13,6 +13,7 @@ from dist_lowbit.assembly import load as _load
 from dist_lowbit.assembly import optimize as _optimize
 from dist_lowbit.assembly.hf_quantizer import register
 from dist_lowbit.assembly.hub import resolve
+from dist_lowbit.assembly.mode import switched
 from dist_lowbit.assembly.skeleton import low_memory_init
 from dist_lowbit.checkpoint import is_checkpoint as is_low_bit
 from dist_lowbit.comm import Group
@@ -37,42 +38,34 @@ def optimize_model(
 ) -> nn.Module:
     """Quantize every Linear of any PyTorch model in place, and return the model.
 
-    model: on the CPU, fp32, fp16 or bf16. low_bit: a format's name (docs/formats.md). optimize_llm: use the
-    project's own attention in models of a known family. modules_to_not_convert: substrings of module names, or
-    globs where they contain * ? or [. cpu_embedding: accepted; on the CPU embeddings are there already.
-    lightweight_bmm: accepted and without effect (it switched a GPU kernel of an ancestor). group: the ranks to
-    split the model over (None: one); all ranks must call together.
+    model: on the CPU, fp32, fp16 or bf16. low_bit: a format's name (docs/formats.md). optimize_llm: run models of a
+    known family on the fused decoder (False: Hugging Face's forward over low-bit Linears). modules_to_not_convert:
+    substrings of module names, or globs where they contain * ? or [. cpu_embedding: accepted; on the CPU embeddings
+    are there already. lightweight_bmm: accepted and without effect (it switched a GPU kernel of an ancestor). group:
+    the ranks to split the model over (None: one); all ranks must call together.
 
     Further keywords: torch_dtype (of activations and unquantized tensors, default float32), group_size, compute
-    ("int8" or "fp32"). Others are a UsageError. The model gains `save_low_bit(directory)`. Unknown formats and NaN
-    or Inf weights are a FormatError. Cost: one pass over the weights; peak memory the model plus one matrix.
+    ("int8" or "fp32"), decoder ("auto", "native", "torch", "off"), kv_cache_dtype ("auto", "fp32", "fp16", "bf16",
+    "int8"). Others are a UsageError. The model gains `save_low_bit(directory)`. Unknown formats and NaN or Inf weights
+    are a FormatError. Cost: one pass over the weights; peak memory the model plus one matrix.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize_model takes an nn.Module; this is a {type(model).__name__}")
-    options = _optimize.read_options(kwargs, "optimize_model")
-    recipe = Recipe(low_bit, options["group_size"], modules_to_not_convert or ())
-    return _optimize.optimize(
-        model, recipe, group, optimize_llm, torch_dtype=options["torch_dtype"], compute=options["compute"]
-    )
+    group_size, mode = _optimize.read_options(kwargs, "optimize_model")
+    recipe = Recipe(low_bit, group_size, modules_to_not_convert or ())
+    return _optimize.optimize(model, recipe, group, switched(mode, optimize_llm))
 
 
 def load_low_bit(model: nn.Module, model_path: str | Path, *, group: Group | None = None, **kwargs: Any) -> nn.Module:
     """Load a directory of save_low_bit into a model of the same architecture, and return it.
 
-    model: from low_memory_init, or loaded the ordinary way. group: the ranks to split over, whatever number of
-    ranks saved; all must call together. Keywords: torch_dtype, compute, optimize_llm. Damage or a directory of
-    another model is a CheckpointError; a directory that is no low-bit checkpoint a UsageError.
+    model: from low_memory_init, or loaded the ordinary way. group: the ranks to split over, whatever number of ranks
+    saved; all must call together. Keywords: torch_dtype, compute, decoder, kv_cache_dtype, optimize_llm. Damage or a
+    directory of another model is a CheckpointError; a directory that is no low-bit checkpoint a UsageError.
     """
     optimize_llm = kwargs.pop("optimize_llm", True)
-    options = _optimize.read_options(kwargs, "load_low_bit", ("torch_dtype", "compute"))
-    return _load.load_low_bit(
-        model,
-        model_path,
-        group=group,
-        torch_dtype=options["torch_dtype"],
-        compute=options["compute"],
-        optimize_llm=optimize_llm,
-    )
+    mode = switched(_optimize.mode_options(kwargs, "load_low_bit"), optimize_llm)
+    return _load.load_low_bit(model, model_path, group=group, mode=mode)
 
 
 def convert(

@@ -16,7 +16,8 @@ from torch import nn
 from dist_lowbit.assembly.hf_quantizer import register
 from dist_lowbit.assembly.hub import resolve_together
 from dist_lowbit.assembly.load import load_low_bit
-from dist_lowbit.assembly.optimize import read_options
+from dist_lowbit.assembly.mode import switched
+from dist_lowbit.assembly.optimize import mode_options, read_options
 from dist_lowbit.assembly.paths import require_checkpoint
 from dist_lowbit.assembly.ranks import join_ranks
 from dist_lowbit.assembly.skeleton import empty_model, read_config
@@ -58,7 +59,7 @@ class _LowBitAuto:
         process was started with, a number also checks how many they are, a Group is used as it is, None is one
         rank; all ranks must call together. cpu_embedding: accepted; embeddings are on the CPU already. Without a
         format, and with no ranks to split over, Hugging Face's own from_pretrained answers. Further keywords:
-        torch_dtype, group_size, compute.
+        torch_dtype, group_size, compute, decoder, kv_cache_dtype; optimize_model=False keeps Hugging Face's forward.
         """
         if load_in_4bit and load_in_low_bit not in (None, "sym_int4"):
             raise UsageError(f"load_in_4bit means sym_int4, but load_in_low_bit is {load_in_low_bit!r}; give one")
@@ -81,17 +82,15 @@ class _LowBitAuto:
             kwargs |= {"trust_remote_code": trust_remote_code}
             model: nn.Module = cls.hf.from_pretrained(str(directory), **kwargs)
             return model
-        options = read_options(_renamed(kwargs), f"{cls.__name__}.from_pretrained")
-        recipe = Recipe(low_bit or _own_format(directory), options["group_size"], modules_to_not_convert or ())
+        group_size, mode = read_options(_renamed(kwargs), f"{cls.__name__}.from_pretrained")
+        recipe = Recipe(low_bit or _own_format(directory), group_size, modules_to_not_convert or ())
         return from_source(
             cls.hf,
             directory,
             recipe,
             group,
+            switched(mode, optimize_model),
             trust_remote_code=trust_remote_code,
-            optimize_llm=optimize_model,
-            torch_dtype=options["torch_dtype"],
-            compute=options["compute"],
         )
 
     @classmethod
@@ -113,20 +112,11 @@ class _LowBitAuto:
     def _load(
         cls, directory: Path, group: Group, optimize_llm: bool, trust_remote_code: bool, kwargs: dict[str, Any]
     ) -> nn.Module:
-        options = read_options(
-            _renamed(kwargs), f"{cls.__name__} with a low-bit checkpoint", ("torch_dtype", "compute")
-        )
+        mode = mode_options(_renamed(kwargs), f"{cls.__name__} with a low-bit checkpoint")
         with together(group):
             config = read_config(directory, trust_remote_code)
             model = empty_model(cls.hf, config, directory, trust_remote_code)
-        return load_low_bit(
-            model,
-            directory,
-            group=group,
-            torch_dtype=options["torch_dtype"],
-            compute=options["compute"],
-            optimize_llm=optimize_llm,
-        )
+        return load_low_bit(model, directory, group=group, mode=switched(mode, optimize_llm))
 
 
 def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:

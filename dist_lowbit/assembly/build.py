@@ -17,6 +17,7 @@ from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split
 from dist_lowbit.parallel.plan import Heads
 from dist_lowbit.quantize import Recipe
 
+from .mode import Mode
 from .progress import track
 from .target import Target
 from .weights import Weights
@@ -131,24 +132,21 @@ def build(
     group: Group,
     recipe: Recipe,
     kept: frozenset[str],
-    *,
-    dtype: torch.dtype = torch.float32,
-    compute: str = "int8",
-    optimize_llm: bool = True,
+    mode: Mode,
 ) -> nn.Module:
     """Turn a model, live or on meta, into this rank's low-bit one, in place, and return it.
 
     kept: planned Linears to leave as they are; where the plan cuts them they become casts of their own dtype.
-    dtype: of activations and of every tensor that is not quantized. optimize_llm: use the project's attention
-    and silu (always where heads are cut). Peak memory: this rank's part, plus one matrix.
+    mode: how it runs; the project's attention and silu are always used where heads are cut. Peak memory: this rank's
+    part, plus one matrix.
     """
     cut = target.plan.tp > 1 and target.family is not None
     left = frozenset() if cut else kept
     todo = [(name, split) for name, split in target.plan.splits.items() if name not in left]
     for name, split in track(todo, "loading", group.rank):
-        _swap(model, name, split, weights, group, dtype, compute)
-    _fill(model, weights, dtype)
-    if target.family is not None and (optimize_llm or cut):
+        _swap(model, name, split, weights, group, mode.dtype, mode.compute)
+    _fill(model, weights, mode.dtype)
+    if target.family is not None and (mode.optimize_llm or cut):
         _use_own_steps(model, cut)
     if cut:
         _localize_attention(model, target, group.rank)

@@ -76,7 +76,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
 
         from .build import set_submodule
         from .load import load_low_bit
-        from .optimize import as_dtype
+        from .mode import mode_here, switched
         from .paths import require_checkpoint
 
         for name, module in self._places.items():
@@ -87,7 +87,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         # What the caller chose beside transformers' own default stays as it is.
         own_steps = config._attn_implementation in (None, "sdpa", ATTENTION_NAME)
         path = require_checkpoint(config._name_or_path)
-        return load_low_bit(model, path, torch_dtype=as_dtype(self._dtype), optimize_llm=own_steps)
+        return load_low_bit(model, path, mode=switched(mode_here(self._dtype), own_steps))
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what this loader does not do: device maps beyond the CPU."""

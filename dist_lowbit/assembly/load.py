@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dist_lowbit.checkpoint import CheckpointReader
 from dist_lowbit.comm import Group, SingleGroup
 from dist_lowbit.core.errors import CheckpointError, UsageError
-from dist_lowbit.core.settings import settings
 from dist_lowbit.formats.packed import BLOCK, summation_block
 from dist_lowbit.quantize import Recipe
 
 from .attach import attach
 from .build import build, other_tensors, state_of
+from .mode import Mode, mode_here
 from .paths import require_checkpoint
 from .target import make_target
 from .together import together
@@ -28,16 +27,14 @@ def load_low_bit(
     model_path: str | Path,
     *,
     group: Group | None = None,
-    torch_dtype: torch.dtype | None = None,
-    optimize_llm: bool = True,
-    compute: str | None = None,
+    mode: Mode | None = None,
 ) -> nn.Module:
     """Load a checkpoint of save_low_bit into a model of the same architecture, in place, and return it.
 
     model: on meta (see low_memory_init) or loaded the ordinary way; its own weights are dropped. group: the ranks to
     split over (None: one), independent of how many ranks saved. All ranks must call together. Reads this rank's
     bytes only, and verifies their checksums: damage that any rank finds is a CheckpointError naming file and tensor, on
-    all ranks. compute: "int8" or "fp32" (None: what DIST_LOWBIT_COMPUTE says).
+    all ranks. mode: how to run (None: as the settings say).
     """
     path = require_checkpoint(model_path)
     if state_of(model) is not None:
@@ -48,17 +45,7 @@ def load_low_bit(
         weights = CheckpointWeights(reader)
         target = make_target(model, _blocks(reader), group.size, lambda name: f"{name}.weight" in reader.weights)
         _check_names(model, reader, path)
-        build(
-            model,
-            target,
-            weights,
-            group,
-            recipe,
-            kept,
-            dtype=torch_dtype or torch.float32,
-            compute=compute or settings().compute,
-            optimize_llm=optimize_llm,
-        )
+        build(model, target, weights, group, recipe, kept, mode or mode_here())
     return attach(model)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -18,6 +17,7 @@ from dist_lowbit.quantize import Recipe
 
 from .attach import attach
 from .build import build
+from .mode import Mode
 from .optimize import block_under, embeddings, excluded, form_under, optimize, transposed_linears
 from .skeleton import empty_model, read_config
 from .target import Target, make_target
@@ -72,11 +72,9 @@ def from_source(
     directory: Path,
     recipe: Recipe,
     group: Group,
+    mode: Mode,
     *,
     trust_remote_code: bool = False,
-    optimize_llm: bool = True,
-    torch_dtype: torch.dtype = torch.float32,
-    compute: str = "int8",
     **kwargs: Any,
 ) -> nn.Module:
     """Quantize a model from its files, matrix by matrix, this rank's part only. All ranks must call together.
@@ -90,18 +88,8 @@ def from_source(
         renamed = missing(model, weights)
         if not renamed:
             target, kept = source_target(model, recipe, group.size)
-            build(
-                model,
-                target,
-                weights,
-                group,
-                recipe,
-                kept,
-                dtype=torch_dtype,
-                compute=compute,
-                optimize_llm=optimize_llm,
-            )
+            build(model, target, weights, group, recipe, kept, mode)
             return attach(model)
     logger.warning("%s is loaded in full before it is quantized: its files have no %s", directory, renamed[0])
     live = cls.from_pretrained(str(directory), dtype="auto", trust_remote_code=trust_remote_code, **kwargs)
-    return optimize(live, recipe, group, optimize_llm, torch_dtype, compute)
+    return optimize(live, recipe, group, mode)

@@ -15,6 +15,12 @@ from functools import cache
 from .errors import UsageError
 
 PREFIX = "DIST_LOWBIT_"
+# What a setting may be, where it is one of a few words; the first is the default.
+CHOICES = {
+    "compute": ("int8", "fp32"),
+    "decoder": ("auto", "native", "torch", "off"),
+    "kv_cache_dtype": ("auto", "fp32", "fp16", "bf16", "int8"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class Settings:
     isa: str = "auto"  # forces one ISA of the compiled kernels: scalar, avx2, ...
     backend: str = "auto"  # collective backend: auto, single, shm, gloo, ...
     compute: str = "int8"  # activations of integer formats: int8 (dynamic, per block) or fp32
+    decoder: str = "auto"  # what runs a known family's model: auto, native, torch, or off (Hugging Face's forward)
+    kv_cache_dtype: str = "auto"  # of the decoder's cache: auto, fp32, fp16, bf16, int8
     timeout: float = 60.0  # a peer silent for longer than this ends the job
     load_timeout: float = 1800.0  # the same while models load
     log: str = "warning"
@@ -56,10 +64,11 @@ def parse(environ: Mapping[str, str]) -> Settings:
             values[name] = number
         else:
             values[name] = text
-    result = Settings(**values)  # type: ignore[arg-type]
-    if result.compute not in ("int8", "fp32"):
-        raise UsageError(f"{PREFIX}COMPUTE is {result.compute!r}; expected int8 or fp32")
-    return result
+    for name, choices in CHOICES.items():
+        if (value := values.get(name, choices[0])) not in choices:
+            expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise UsageError(f"{PREFIX}{name.upper()} is {value!r}; expected {expected}")
+    return Settings(**values)  # type: ignore[arg-type]
 
 
 @cache

@@ -19,6 +19,8 @@ GOOD = [
     ("TIMEOUT", "5", "timeout", 5.0),
     ("TIMEOUT", "0.25", "timeout", 0.25),
     ("LOAD_TIMEOUT", "1e3", "load_timeout", 1000.0),
+    ("DECODER", "torch", "decoder", "torch"),
+    ("KV_CACHE_DTYPE", "int8", "kv_cache_dtype", "int8"),
     ("LOG", "debug", "log", "debug"),
     ("LIBRARY", "/opt/lib.so", "library", "/opt/lib.so"),
     ("LIBRARY", "none", "library", "none"),
@@ -30,6 +32,8 @@ BAD = [
     ("TIMEOUT", "-1", r"expected more than 0 seconds"),
     ("TIMEOUT", "nan", r"expected more than 0 seconds"),
     ("LOAD_TIMEOUT", "inf", r"DIST_LOWBIT_LOAD_TIMEOUT is 'inf'; expected more than 0 seconds, and an end"),
+    ("DECODER", "onnx", r"DIST_LOWBIT_DECODER is 'onnx'; expected auto, native, torch or off"),
+    ("KV_CACHE_DTYPE", "int3", r"DIST_LOWBIT_KV_CACHE_DTYPE is 'int3'; expected auto, fp32, fp16, bf16 or int8"),
     ("COMPUTE", "bf16", r"DIST_LOWBIT_COMPUTE is 'bf16'; expected int8 or fp32"),
     ("TIMEOUTS", "1", r"DIST_LOWBIT_TIMEOUTS is no setting; the settings are DIST_LOWBIT_ISA, .*, DIST_LOWBIT_LIBRARY"),
 ]

@@ -1,0 +1,70 @@
+"""How a model runs once it is put together: one value that every way to a model takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dist_lowbit.core.errors import UsageError
+from dist_lowbit.core.settings import CHOICES, settings
+
+_CACHE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How to run.
+
+    dtype: of activations and of every tensor that is not quantized. compute: what integer formats' activations are
+    rounded to, "int8" or "fp32". decoder: "native" (compiled), "torch" (torch operations, any device), "auto" (the
+    first that takes the model), "off" (Hugging Face's forward over low-bit Linears). kv_cache_dtype: of the decoder's
+    cache, fp32, fp16, bf16 or int8; "auto" is the one of activations.
+    """
+
+    dtype: torch.dtype = torch.float32
+    compute: str = "int8"
+    decoder: str = "auto"
+    kv_cache_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise UsageError(f"{name} is {value!r}; expected {', '.join(choices[:-1])} or {choices[-1]}")
+
+    @property
+    def optimize_llm(self) -> bool:
+        """Return whether the project's own steps are used."""
+        return self.decoder != "off"
+
+    @property
+    def cache_name(self) -> str:
+        """Return the dtype of the cache by name."""
+        return _CACHE_NAMES[self.dtype] if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+
+def as_dtype(value: Any) -> torch.dtype:
+    """Return a dtype of activations from a dtype, its name, or None / "auto" (fp32, the one all CPUs are fast at)."""
+    if value is None or value == "auto":
+        return torch.float32
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UsageError(f"torch_dtype is {value!r}; expected float32, float16, bfloat16 or auto")
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def mode_here(
+    torch_dtype: Any = None, compute: str | None = None, decoder: str | None = None, kv_cache_dtype: str | None = None
+) -> Mode:
+    """Return a mode with what is not given filled in from the settings."""
+    own = settings()
+    return Mode(
+        as_dtype(torch_dtype), compute or own.compute, decoder or own.decoder, kv_cache_dtype or own.kv_cache_dtype
+    )
+
+
+def switched(mode: Mode, optimize_llm: bool) -> Mode:
+    """Return a mode with the decoder off unless `optimize_llm`."""
+    return mode if optimize_llm else replace(mode, decoder="off")
