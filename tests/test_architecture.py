@@ -22,6 +22,7 @@ FLOORS = [
     {"decoder"},
     {"assembly"},
     {"engine"},
+    {"bench"},
     {"serve", "cli"},
     {"__init__", "optimize", "transformers", "llm", "quantization", "tuning"},  # the faces
 ]

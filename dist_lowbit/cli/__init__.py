@@ -1,1 +1,1 @@
-"""Floor 7: the verbs of the command line. Heavy imports happen inside the verbs."""
+"""Floor 8: the verbs of the command line. Heavy imports happen inside the verbs."""

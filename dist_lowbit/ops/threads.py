@@ -59,10 +59,15 @@ def core_ids(cpus: set[int]) -> dict[int, int]:
     return ids
 
 
-def plan_here() -> ThreadPlan:
-    """Return the plan for this process as it is bound now."""
+def plan_here(environ: Mapping[str, str] | None = None) -> ThreadPlan:
+    """Return the plan for this process as it is bound now; environ: instead of the process's own."""
     allowed = os.sched_getaffinity(0)
-    return plan(os.environ, allowed, core_ids(allowed), parse_cpu_list(_read(_SYS / "cpu_core/cpus")))
+    return plan(
+        os.environ if environ is None else environ,
+        allowed,
+        core_ids(allowed),
+        parse_cpu_list(_read(_SYS / "cpu_core/cpus")),
+    )
 
 
 def limit_torch() -> None:
