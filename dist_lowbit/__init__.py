@@ -17,12 +17,18 @@ _FACES = {
     "low_memory_init": "dist_lowbit.optimize",
     "convert": "dist_lowbit.optimize",
     "init_group": "dist_lowbit.comm",
+    "optimize_transformers": "dist_lowbit.llm",
 }
 
 __all__ = ["__version__", *_FACES]
 
 
+_MODULES = ("llm",)  # faces that are reached as attributes
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"dist_lowbit.{name}")
     if name not in _FACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_FACES[name]), name)
