@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-enum { DLB_KV_FP32 = 0, DLB_KV_FP16 = 1, DLB_KV_BF16 = 2 };
+enum { DLB_KV_FP32 = 0, DLB_KV_FP16 = 1, DLB_KV_BF16 = 2, DLB_KV_INT8 = 3 };
 
 namespace dlb {
 

@@ -1,0 +1,298 @@
+// The work on one block of attention: scores, softmax and values of one chunk of positions, and the merge of chunks.
+// For inclusion by attention.cpp alone.
+#pragma once
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "attention_plan.h"
+#include "kv_kernels.h"
+
+namespace dlb {
+namespace {
+
+inline int64_t pad16(int64_t n) { return (n + 15) / 16 * 16; }
+inline int64_t kv_bytes(int32_t kv_type) { return kv_type == DLB_KV_FP32 ? 4 : kv_type == DLB_KV_INT8 ? 1 : 2; }
+
+// What the rows of a block have gathered: over one chunk, or merged over several.
+struct Gathered {
+    float *m, *l, *o;  // [rows], [rows], [rows, value_dim]
+    bool* any;         // [rows]: the row saw a key
+};
+
+// One thread's memory for one block.
+struct Scratch {
+    Buffer memory;
+    float *q, *s, *tile;
+    Gathered total, part;
+    uint8_t visible[kQueryRows][kKeyChunk];
+    bool flags[2][kQueryRows];
+    int64_t lo[kQueryRows], hi[kQueryRows];  // keys of the current chunk that each row sees
+    bool holes[kQueryRows];                  // and whether some between them are masked
+
+    int64_t dim, value_dim;
+
+    Scratch(int64_t k, int64_t v) : dim(k), value_dim(v) {
+        const int64_t sizes[] = {kQueryRows * k, kQueryRows * kKeyChunk, kKeyTile * std::max(k, v),
+                                 kQueryRows * v, kQueryRows * v,         4 * kQueryRows};
+        int64_t all = 0;
+        for (int64_t size : sizes) all += size;
+        memory = make_buffer(all);
+        if (!memory) abort();  // some 100 KB: nothing else would get further
+        float* at = memory.get();
+        q = at, at += sizes[0];
+        s = at, at += sizes[1];
+        tile = at, at += sizes[2];
+        total.o = at, at += sizes[3];
+        part.o = at, at += sizes[4];
+        total.m = at, total.l = at + kQueryRows, part.m = at + 2 * kQueryRows, part.l = at + 3 * kQueryRows;
+        total.any = flags[0], part.any = flags[1];
+    }
+};
+
+// A thread keeps its memory from call to call: a decode step allocates nothing here.
+Scratch& scratch_of(const Attention& plan) {
+    thread_local std::unique_ptr<Scratch> own;
+    if (!own || own->dim != plan.dim || own->value_dim != plan.value_dim)
+        own.reset(new Scratch(plan.dim, plan.value_dim));
+    return *own;
+}
+
+class BlockRun {
+  public:
+    BlockRun(const Attention& plan, const AttentionBlock& block, Scratch& scratch)
+        : plan_(plan),
+          call_(*plan.call),
+          args_(plan.call->args),
+          block_(block),
+          sequence_(plan.sequences[block.batch]),
+          scratch_(scratch) {
+        for (int64_t r = 0; r < block_.rows(); r++) {
+            float* q = scratch_.q + r * plan_.dim;
+            load_query(r, q);
+            memset(q + args_.head_dim, 0, static_cast<size_t>(plan_.dim - args_.head_dim) * sizeof(float));
+        }
+    }
+
+    void chunk(int64_t c, const Gathered& part) {
+        first_ = c * kKeyChunk - sequence_.start;
+        int64_t lo = kKeyChunk, hi = 0;
+        for (int64_t r = 0; r < block_.rows(); r++) {
+            part.any[r] = find_visible(r);
+            if (!part.any[r]) continue;
+            lo = std::min(lo, scratch_.lo[r]);
+            hi = std::max(hi, scratch_.hi[r]);
+        }
+        if (lo >= hi) return;
+        scores(lo, hi);
+        for (int64_t r = 0; r < block_.rows(); r++)
+            if (part.any[r]) softmax(r, part);
+        values(lo, hi, part);
+    }
+
+    void start(const Gathered& total) {
+        std::fill_n(total.m, block_.rows(), -INFINITY);
+        std::fill_n(total.l, block_.rows(), 0.0f);
+        std::fill_n(total.any, block_.rows(), false);
+        std::fill_n(total.o, block_.rows() * plan_.value_dim, 0.0f);
+    }
+
+    void merge(const Gathered& total, const Gathered& part) {
+        for (int64_t r = 0; r < block_.rows(); r++) {
+            if (!part.any[r]) continue;
+            const float m = part.m[r] > total.m[r] ? part.m[r] : total.m[r];
+            const float x[2] = {total.m[r] - m, part.m[r] - m};
+            float w[2];
+            kernels_.exp(x, w, 2);
+            total.l[r] = total.l[r] * w[0] + part.l[r] * w[1];
+            const int64_t at = r * plan_.value_dim;
+            kernels_.merge(total.o + at, part.o + at, w[0], w[1], static_cast<int>(plan_.value_dim));
+            total.m[r] = m;
+            total.any[r] = true;
+        }
+    }
+
+    void finish(const Gathered& total) {
+        for (int64_t r = 0; r < block_.rows(); r++) {
+            float* out = args_.out + query_batch() * args_.out_stride[0] + head(r) * args_.out_stride[1] +
+                         (sequence_.first_row + row(r)) * args_.out_stride[2];
+            const float* o = total.o + r * plan_.value_dim;
+            for (int64_t d = 0; d < args_.value_dim; d++) out[d] = total.any[r] ? o[d] / total.l[r] : 0.0f;
+        }
+    }
+
+  private:
+    void load_query(int64_t r, float* q) const {
+        const int64_t at = sequence_.first_row + row(r);
+        if (call_.load_query) return call_.load_query(call_.context, at, head(r), q);
+        const float* source =
+            args_.q + query_batch() * args_.q_stride[0] + head(r) * args_.q_stride[1] + at * args_.q_stride[2];
+        memcpy(q, source, static_cast<size_t>(args_.head_dim) * sizeof(float));
+    }
+
+    int64_t query_batch() const { return args_.row_begin ? 0 : block_.batch; }
+    int64_t head(int64_t r) const { return plan_.heads[block_.head_begin + r / block_.row_count]; }
+    int64_t row(int64_t r) const { return block_.row_begin + r % block_.row_count; }
+
+    const char* mask_row(int64_t r) const {
+        const int64_t at = block_.batch * args_.mask_stride[0] + head(r) * args_.mask_stride[1] +
+                           row(r) * args_.mask_stride[2] + first_;
+        return static_cast<const char*>(args_.mask) + at * (args_.mask_type == DLB_MASK_BOOL ? 1 : 4);
+    }
+
+    // Sets lo, hi, holes (and visible, if there are holes) of a row for the current chunk.
+    bool find_visible(int64_t r) {
+        int64_t lo, hi;
+        visible_slots(args_, sequence_, row(r), &lo, &hi);
+        lo = std::max<int64_t>(lo - first_, 0);
+        hi = std::min(hi - first_, kKeyChunk);
+        scratch_.holes[r] = false;
+        if (lo < hi && args_.mask_type != DLB_MASK_NONE) {
+            uint8_t* see = scratch_.visible[r];
+            const char* mask = mask_row(r);
+            if (args_.mask_type == DLB_MASK_BOOL) {
+                memcpy(see + lo, mask + lo, static_cast<size_t>(hi - lo));
+            } else {
+                const float* add = reinterpret_cast<const float*>(mask);
+                for (int64_t j = lo; j < hi; j++) see[j] = add[j] != -INFINITY;
+            }
+            while (lo < hi && !see[lo]) lo++;
+            while (lo < hi && !see[hi - 1]) hi--;
+            scratch_.holes[r] = lo < hi && memchr(see + lo, 0, static_cast<size_t>(hi - lo)) != nullptr;
+        }
+        scratch_.lo[r] = lo;
+        scratch_.hi[r] = hi;
+        return lo < hi;
+    }
+
+    const char* slot(const void* base, const int64_t* stride, int64_t s) const {
+        int64_t at = block_.kv_head * stride[1];
+        if (args_.block_table) {
+            const int32_t* table = args_.block_table + block_.batch * args_.block_table_stride;
+            at += table[s / args_.block_size] * stride[0] + s % args_.block_size * stride[2];
+        } else {
+            at += block_.batch * stride[0] + s * stride[2];
+        }
+        return static_cast<const char*>(base) + at * kv_bytes(args_.kv_type);
+    }
+
+    // The scales of int8 keys (or values) from slot s on, which end with its block of the table.
+    const uint16_t* scales_at(const uint16_t* scales, int64_t s) const {
+        const int32_t* table = args_.block_table + block_.batch * args_.block_table_stride;
+        return scales + table[s / args_.block_size] * call_.scale_stride[0] + block_.kv_head * call_.scale_stride[1] +
+               s % args_.block_size;
+    }
+
+    // Keys (or values) [j, j + n) of the chunk as fp32 rows padded with zeros: in place where that is what they are.
+    const float* tile(const void* base, const int64_t* stride, const uint16_t* scales, int64_t j, int64_t n,
+                      int64_t width, int64_t padded, int64_t* row_stride) {
+        const int64_t s = first_ + j;
+        const bool together = !args_.block_table || s / args_.block_size == (s + n - 1) / args_.block_size;
+        if (args_.kv_type == DLB_KV_FP32 && width == padded && together) {
+            *row_stride = stride[2];
+            return reinterpret_cast<const float*>(slot(base, stride, s));
+        }
+        *row_stride = padded;
+        if (args_.kv_type != DLB_KV_INT8 && together && width == padded && stride[2] == width) {
+            kernels_.widen(slot(base, stride, s), args_.kv_type, scratch_.tile, n * width);
+            return scratch_.tile;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            float* out = scratch_.tile + i * padded;
+            const char* source = slot(base, stride, s + i);
+            if (args_.kv_type == DLB_KV_INT8)
+                kv_.widen_int8(reinterpret_cast<const int8_t*>(source), scales_at(scales, s + i), out, width);
+            else
+                kernels_.widen(source, args_.kv_type, out, width);
+            memset(out + width, 0, static_cast<size_t>(padded - width) * sizeof(float));
+        }
+        return scratch_.tile;
+    }
+
+    void scores(int64_t lo, int64_t hi) {
+        for (int64_t j = lo; j < hi; j += kKeyTile) {
+            const int64_t n = std::min(kKeyTile, hi - j);
+            int64_t stride;
+            const float* k = tile(args_.k, args_.k_stride, call_.k_scale, j, n, args_.head_dim, plan_.dim, &stride);
+            kernels_.scores(scratch_.q, plan_.dim, static_cast<int>(block_.rows()), k, stride, static_cast<int>(n),
+                            static_cast<int>(plan_.dim), args_.scale, scratch_.s + j, kKeyChunk);
+        }
+    }
+
+    void softmax(int64_t r, const Gathered& part) {
+        const int64_t lo = scratch_.lo[r], hi = scratch_.hi[r];
+        // Lanes go by position mod 16, so the ends are filled up with keys that weigh nothing.
+        const int64_t begin = lo / 16 * 16, end = pad16(hi);
+        float* s = scratch_.s + r * kKeyChunk;
+        std::fill(s + begin, s + lo, -INFINITY);
+        std::fill(s + hi, s + end, -INFINITY);
+        if (args_.softcap > 0) kernels_.softcap(s + begin, static_cast<int>(end - begin), args_.softcap);
+        if (args_.alibi) {
+            const float slope = args_.alibi[head(r)];
+            const int64_t own = args_.causal_offset == DLB_CAUSAL_NONE ? 0 : row(r) + sequence_.causal;
+            for (int64_t j = lo; j < hi; j++) s[j] = s[j] + slope * static_cast<float>(first_ + j - own);
+        }
+        if (args_.mask_type == DLB_MASK_ADD) {
+            const float* add = reinterpret_cast<const float*>(mask_row(r));
+            for (int64_t j = lo; j < hi; j++) s[j] = s[j] + add[j];
+        }
+        if (scratch_.holes[r])
+            for (int64_t j = lo; j < hi; j++)
+                if (!scratch_.visible[r][j]) s[j] = -INFINITY;
+        if (args_.softcap > 0) {  // which makes -cap of -inf
+            std::fill(s + begin, s + lo, -INFINITY);
+            std::fill(s + hi, s + end, -INFINITY);
+        }
+        kernels_.softmax(s + begin, static_cast<int>(end - begin), part.m + r, part.l + r);
+    }
+
+    // o = sum over keys of p v. A masked key is left out, not weighed with 0: its V may be anything.
+    void values(int64_t lo, int64_t hi, const Gathered& part) {
+        const int64_t width = plan_.value_dim;
+        std::fill_n(part.o, block_.rows() * width, 0.0f);
+        for (int64_t j = lo; j < hi; j += kKeyTile) {
+            const int64_t n = std::min(kKeyTile, hi - j);
+            int64_t stride;
+            const float* v = tile(args_.v, args_.v_stride, call_.v_scale, j, n, args_.value_dim, width, &stride);
+            bool whole = true;
+            for (int64_t r = 0; r < block_.rows(); r++)
+                whole = whole && part.any[r] && !scratch_.holes[r] && scratch_.lo[r] <= j && j + n <= scratch_.hi[r];
+            if (whole)
+                kernels_.accumulate(scratch_.s + j, kKeyChunk, static_cast<int>(block_.rows()), v, stride,
+                                    static_cast<int>(n), static_cast<int>(width), part.o, width);
+            else
+                for (int64_t r = 0; r < block_.rows(); r++)
+                    if (part.any[r]) row_values(r, j, n, v, stride, part.o + r * width);
+        }
+    }
+
+    void row_values(int64_t r, int64_t j, int64_t n, const float* v, int64_t stride, float* o) {
+        const int64_t end = std::min(j + n, scratch_.hi[r]);
+        for (int64_t a = std::max(j, scratch_.lo[r]); a < end;) {
+            int64_t b = end;
+            if (scratch_.holes[r]) {
+                while (a < end && !scratch_.visible[r][a]) a++;
+                for (b = a; b < end && scratch_.visible[r][b];) b++;
+            }
+            kernels_.accumulate(scratch_.s + r * kKeyChunk + a, kKeyChunk, 1, v + (a - j) * stride, stride,
+                                static_cast<int>(b - a), static_cast<int>(plan_.value_dim), o, plan_.value_dim);
+            a = b;
+        }
+    }
+
+    const FloatKernels& kernels_ = float_kernels();
+    const KvKernels& kv_ = kv_kernels();
+    const Attention& plan_;
+    const AttentionCall& call_;
+    const dlb_attention_args& args_;
+    const AttentionBlock& block_;
+    const AttentionSequence& sequence_;
+    Scratch& scratch_;
+    int64_t first_ = 0;  // slot of the current chunk's first position; may be negative
+};
+
+}  // namespace
+}  // namespace dlb

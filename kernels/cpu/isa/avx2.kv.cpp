@@ -1,0 +1,139 @@
+// Rotary embedding and the cache's number types in AVX2 and F16C, with the bits of scalar.kv.cpp (so no FMA).
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "../kv_kernels.h"
+
+namespace dlb {
+namespace {
+
+using V = __m256;
+
+// The first `count` of eight floats, the others zero.
+inline __m256i first(int64_t count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+}
+inline V load(const float* x, int64_t count) {
+    return count >= 8 ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, first(count));
+}
+inline void store(float* x, int64_t count, V value) {
+    if (count >= 8)
+        _mm256_storeu_ps(x, value);
+    else
+        _mm256_maskstore_ps(x, first(count), value);
+}
+
+void rope_halves(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; i += 8) {
+        const int64_t left = half - i;
+        const V a = load(x + i, left), b = load(x + i + half, left), c = load(cos + i, left), s = load(sin + i, left);
+        store(x + i, left, _mm256_sub_ps(_mm256_mul_ps(a, c), _mm256_mul_ps(b, s)));
+        store(x + i + half, left, _mm256_add_ps(_mm256_mul_ps(b, c), _mm256_mul_ps(a, s)));
+    }
+}
+
+void rope_pairs(float* x, const float* cos, const float* sin, int64_t half) {
+    int64_t i = 0;
+    for (; i + 4 <= half; i += 4) {
+        const V ab = _mm256_loadu_ps(x + 2 * i);
+        const __m128 c4 = _mm_loadu_ps(cos + i), s4 = _mm_loadu_ps(sin + i);
+        const V c = _mm256_set_m128(_mm_unpackhi_ps(c4, c4), _mm_unpacklo_ps(c4, c4));
+        const V s = _mm256_set_m128(_mm_unpackhi_ps(s4, s4), _mm_unpacklo_ps(s4, s4));
+        const V ba = _mm256_permute_ps(ab, 0xb1);
+        _mm256_storeu_ps(x + 2 * i, _mm256_addsub_ps(_mm256_mul_ps(ab, c), _mm256_mul_ps(ba, s)));
+    }
+    for (; i < half; i++) {
+        const float a = x[2 * i], b = x[2 * i + 1];
+        x[2 * i] = a * cos[i] - b * sin[i];
+        x[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+}
+
+void clip(float* x, int64_t n, float limit) {
+    const V high = _mm256_set1_ps(limit), low = _mm256_set1_ps(-limit);
+    for (int64_t i = 0; i < n; i += 8)  // the second operand is returned where one is NaN
+        store(x + i, n - i, _mm256_max_ps(low, _mm256_min_ps(high, load(x + i, n - i))));
+}
+
+inline __m128i halves(V x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+
+inline __m128i bfloats(V x) {
+    const __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+
+void narrow(const float* x, int32_t kv_type, void* out, int64_t n) {
+    if (kv_type == DLB_KV_FP32) {
+        std::memcpy(out, x, static_cast<size_t>(n) * 4);
+        return;
+    }
+    uint16_t* half = static_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < n; i += 8) {
+        const V value = load(x + i, n - i);
+        const __m128i eight = kv_type == DLB_KV_FP16 ? halves(value) : bfloats(value);
+        if (n - i >= 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), eight);
+        else
+            std::memcpy(half + i, &eight, static_cast<size_t>(n - i) * 2);
+    }
+}
+
+// The greatest magnitude as an integer, on top of which NaN and Inf come out.
+inline int32_t peak_bits(const float* x, int64_t n) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i top = _mm256_setzero_si256();
+    for (int64_t i = 0; i < n; i += 8)
+        top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(load(x + i, n - i)), magnitude));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtsi128_si32(four);
+}
+
+void narrow_int8(const float* x, int8_t* q, uint16_t* scale, int64_t n) {
+    const int32_t bits = peak_bits(x, n);
+    const __m128 peak = _mm_castsi128_ps(_mm_cvtsi32_si128(bits));
+    const __m128i half = _mm_cvtps_ph(_mm_div_ss(peak, _mm_set_ss(127.0f)), _MM_FROUND_TO_NEAREST_INT);
+    *scale = static_cast<uint16_t>(bits >= 0x7f800000 ? 0x7e00 : _mm_cvtsi128_si32(half) & 0xffff);
+    if (*scale == 0 || *scale == 0x7e00) {
+        std::memset(q, 0, static_cast<size_t>(n));
+        return;
+    }
+    const V step = _mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(*scale)));
+    const V high = _mm256_set1_ps(127.0f), low = _mm256_set1_ps(-127.0f);
+    for (int64_t i = 0; i < n; i += 8) {
+        V code = _mm256_div_ps(load(x + i, n - i), step);
+        code = _mm256_max_ps(low, _mm256_min_ps(high, code));
+        const __m256i whole = _mm256_cvtps_epi32(code);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        const __m128i bytes = _mm_packs_epi16(words, words);
+        const int64_t left = n - i < 8 ? n - i : 8;
+        std::memcpy(q + i, &bytes, static_cast<size_t>(left));
+    }
+}
+
+void widen_int8(const int8_t* q, const uint16_t* scale, float* out, int64_t n) {
+    const V step = _mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(*scale)));
+    for (int64_t i = 0; i < n; i += 8) {
+        const int64_t left = n - i < 8 ? n - i : 8;
+        int64_t eight = 0;
+        if (left == 8)
+            std::memcpy(&eight, q + i, 8);
+        else
+            std::memcpy(&eight, q + i, static_cast<size_t>(left));
+        const V value = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(eight)));
+        store(out + i, left, _mm256_mul_ps(value, step));
+    }
+}
+
+}  // namespace
+
+const KvKernels kv_avx2 = {rope_halves, rope_pairs, clip, narrow, narrow_int8, widen_int8};
+
+}  // namespace dlb

@@ -1,0 +1,100 @@
+// Rotary embedding and the cache's number types in plain C++: what every other ISA must equal bit for bit.
+#include <cmath>
+#include <cstring>
+
+#include "../kv_kernels.h"
+
+namespace dlb {
+namespace {
+
+#include "../generic/half.h"
+
+uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+uint16_t to_half(float value) {
+    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | (rest >> 13 & 0x3ffu));
+    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
+    if (rest < 0x38800000u) {
+        // Below 2^-14: adding 1/2 leaves the number, in units of 2^-24 and rounded to even, in the low bits.
+        const float shifted = float_of(rest) + 0.5f;
+        return static_cast<uint16_t>(sign | (bits_of(shifted) - 0x3f000000u));
+    }
+    const uint32_t odd = rest >> 13 & 1u;
+    return static_cast<uint16_t>(sign | ((rest - (112u << 23) + 0xfffu + odd) >> 13));
+}
+
+uint16_t to_bfloat(float value) {
+    const uint32_t bits = bits_of(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+void rope_halves(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i] + a * sin[i];
+    }
+}
+
+void rope_pairs(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[2 * i], b = x[2 * i + 1];
+        x[2 * i] = a * cos[i] - b * sin[i];
+        x[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+}
+
+void clip(float* x, int64_t n, float limit) {
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
+}
+
+void narrow(const float* x, int32_t kv_type, void* out, int64_t n) {
+    uint16_t* half = static_cast<uint16_t*>(out);
+    if (kv_type == DLB_KV_FP32)
+        std::memcpy(out, x, static_cast<size_t>(n) * 4);
+    else if (kv_type == DLB_KV_FP16)
+        for (int64_t i = 0; i < n; i++) half[i] = to_half(x[i]);
+    else
+        for (int64_t i = 0; i < n; i++) half[i] = to_bfloat(x[i]);
+}
+
+void narrow_int8(const float* x, int8_t* q, uint16_t* scale, int64_t n) {
+    uint32_t top = 0;  // magnitudes compare as integers, and NaN and Inf come out on top
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t magnitude = bits_of(x[i]) & 0x7fffffffu;
+        top = magnitude > top ? magnitude : top;
+    }
+    *scale = top >= 0x7f800000u ? 0x7e00u : to_half(float_of(top) / 127.0f);
+    const float step = half_to_float(*scale);
+    if (!(step > 0.0f)) {
+        std::memset(q, 0, static_cast<size_t>(n));
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const float code = std::nearbyint(x[i] / step);
+        q[i] = static_cast<int8_t>(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);
+    }
+}
+
+void widen_int8(const int8_t* q, const uint16_t* scale, float* out, int64_t n) {
+    const float step = half_to_float(*scale);
+    for (int64_t i = 0; i < n; i++) out[i] = static_cast<float>(q[i]) * step;
+}
+
+}  // namespace
+
+const KvKernels kv_scalar = {rope_halves, rope_pairs, clip, narrow, narrow_int8, widen_int8};
+
+}  // namespace dlb
