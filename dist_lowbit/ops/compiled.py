@@ -1,4 +1,4 @@
-"""The kernel of the compiled library on x86-64: codes meet activations rounded to int8 per block, floats meet fp32."""
+"""The kernel of the compiled library on x86-64: codes meet int8 or fp32 activations, floats meet fp32."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _SCALES = {torch.float16: 0, torch.float32: 1}
 _NO_SCALE = 2
 _FLOAT8 = {"e5m2": 0, "e4m3": 1}
 _CASTS = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
+_COMPUTE = {"int8": 0, "fp32": 1}  # enum dlb_compute
 _BAD_SHAPE = -4
 _REFUSALS = {-1: "the parts do not fit the spec", -2: "the buffer is no prepacked weight", -3: "memory is exhausted"}
 
@@ -30,6 +31,7 @@ def _c_spec(spec: LinearSpec) -> CLinearSpec:
     row = spec.format
     out = CLinearSpec(n=spec.n, k=spec.k, group_size=spec.group_size, codec=-1, bits=row.bits)
     out.offset, out.scale = _OFFSETS[row.offset], _SCALES.get(row.scale_dtype, -1)
+    out.compute = _COMPUTE.get(spec.compute, -1)
     out.cuts[:] = spec.cuts
     table, element = integer_table(row), float_element(row)
     if row.integer:
@@ -37,6 +39,7 @@ def _c_spec(spec: LinearSpec) -> CLinearSpec:
     elif table is not None:
         out.codec, out.multiplier = _TABLE, table[1]
         out.table[: len(table[0])] = table[0]
+        out.values[: len(row.codebook)] = row.codebook
     elif element is not None:
         out.codec, out.element, out.multiplier = _ELEMENT, _FLOAT8[element[0]], element[1]
     elif row.dtype in _CASTS:
@@ -71,15 +74,13 @@ class Compiled:
     name = "cpu"
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        """Return why not: no library, another device, fp32 activations for codes, or an unknown codec."""
+        """Return why not: no library, another device, or what the library finds wrong with the spec."""
         lib = library()
         if lib is None:
             return native_why_not()
         if spec.device != "cpu":
             return f"it runs on the CPU, not on {spec.device}"
         c_spec = _c_spec(spec)
-        if spec.compute != "int8" and c_spec.codec in (_AFFINE, _TABLE):
-            return f"it rounds activations to int8 for {spec.format.name}, and {spec.compute} was asked for"
         why = lib.dlb_linear_why_not(ctypes.byref(c_spec))
         return None if why is None else why.decode()
 

@@ -21,7 +21,8 @@ class CLinearSpec(ctypes.Structure):
         *((name, c_int32) for name in ("codec", "bits", "offset", "center", "scale", "element")),
         ("multiplier", c_float),
         ("table", c_int8 * 16),
-        ("reserved", c_int32),
+        ("values", c_float * 16),
+        ("compute", c_int32),
         ("cuts", c_int64 * 9),
     )
 

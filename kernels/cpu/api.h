@@ -14,6 +14,7 @@ enum dlb_codec {
 };
 enum dlb_element { DLB_E5M2 = 0, DLB_E4M3 = 1, DLB_FP16 = 2, DLB_BF16 = 3, DLB_FP32 = 4, DLB_ELEMENTS = 5 };
 enum dlb_offset { DLB_OFFSET_NONE = 0, DLB_OFFSET_MIN = 1, DLB_OFFSET_ZERO_POINT = 2 };
+enum dlb_compute { DLB_COMPUTE_INT8 = 0, DLB_COMPUTE_FP32 = 1 };  // what activations are rounded to; elements: fp32
 enum dlb_scale { DLB_SCALE_FP16 = 0, DLB_SCALE_FP32 = 1, DLB_SCALE_NONE = 2 };
 
 // What a matrix is and how its sums are cut. Also the start of every packed buffer's header.
@@ -27,8 +28,9 @@ struct dlb_linear_spec {
     int32_t scale;       // dlb_scale, of the scales and mins; DLB_SCALE_NONE only with elements
     int32_t element;     // dlb_element
     float multiplier;    // of the scales, where the codec says so
-    int8_t table[16];    // integers in +-127
-    int32_t reserved;    // 0
+    int8_t table[16];    // integers in +-127, times the multiplier: what int8 activations meet
+    float values[16];    // the same entries as they are: what fp32 activations meet
+    int32_t compute;     // dlb_compute, of codes
     int64_t cuts[9];  // ends of the eight segments along K: cuts[0] = 0, cuts[8] = k, inner ones multiples of the block
 };
 
@@ -52,8 +54,8 @@ DLB_API int dlb_isa_select(int isa);
 DLB_API int dlb_threads_start(int count, const int* cpus, int n_cpus);
 DLB_API int dlb_threads_count(void);
 
-// Linear y[M,N] = x[M,K] * w[N,K]^T: codes meet activations rounded to int8 per block, elements meet them in fp32 (see
-// linear.cpp for the arithmetic).
+// Linear y[M,N] = x[M,K] * w[N,K]^T: codes meet activations rounded to int8 per block, or as they are where the spec
+// says so; elements meet fp32 (see linear.cpp for the arithmetic).
 DLB_API const char* dlb_linear_why_not(const dlb_linear_spec* spec);  // null: taken
 DLB_API int64_t dlb_linear_packed_bytes(const dlb_linear_spec* spec);
 DLB_API int dlb_linear_prepack(const dlb_linear_spec* spec, const dlb_linear_parts* parts, void* packed);

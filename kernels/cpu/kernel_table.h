@@ -32,15 +32,18 @@ struct LinearView {
     int32_t scale_type;  // dlb_scale
     int32_t element;     // dlb_element
     float multiplier;    // of every scale of a table or of elements
-    uint8_t table[16];   // 128 + the integer that a code stands for
+    bool full_bytes;     // whether codes, or a table's entries, take all eight bits
+    uint8_t table[16];   // center + the integer that a code stands for
+    float values[16];    // what it stands for with fp32 activations
     int32_t scale_step;  // groups per block: 1, or 0 where one scale serves the whole row
 };
 
-// Quantized activations: q int8 [M, q_stride], zeros beyond K; scale and sum [M, blocks].
+// Quantized activations: q int8 [M, q_stride], zeros beyond K; scale, sum and start [M, blocks].
 struct ActView {
     const int8_t* q;
     const float* scale;
-    const int32_t* sum;
+    const int32_t* sum;    // of q
+    const int32_t* start;  // what the dot product of a block begins with: sum times start_factor of the weight
     int64_t q_stride;
     int64_t blocks;
 };
@@ -60,18 +63,21 @@ struct LinearOut {
 using LinearFn = void (*)(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end,
                           int64_t m_begin, int64_t m_end, const LinearOut& out);
 
-// The same for elements and fp32 activations x[m, k].
-using ElementFn = void (*)(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin,
-                           int64_t panel_end, int64_t m_begin, int64_t m_end, const LinearOut& out);
+// The same for fp32 activations x[m, k].
+using FloatFn = void (*)(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin, int64_t panel_end,
+                         int64_t m_begin, int64_t m_end, const LinearOut& out);
 
 using ReadFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 
 struct KernelTable {
     const char* name;
+    bool signed_bytes;  // whether linear_affine[8] and linear_table multiply by the codes minus 128
     QuantizeFn quantize;
     LinearFn linear_affine[kMaxBits + 1];  // by bits of a code
     LinearFn linear_table[kMaxBits + 1];   // by bits of a code, at most 4
-    ElementFn linear_element[kElements];   // by dlb_element
+    FloatFn linear_element[kElements];     // by dlb_element
+    FloatFn linear_affine_fp32[kMaxBits + 1];
+    FloatFn linear_table_fp32[kMaxBits + 1];
     ReadFn read_all;
 };
 

@@ -34,7 +34,7 @@ struct PackedHeader {
 static_assert(sizeof(PackedHeader) <= kHeaderBytes, "the header has outgrown its room");
 
 constexpr char kMagic[8] = {'d', 'l', 'b', 'p', 'a', 'c', 'k', 0};
-constexpr uint32_t kLayoutVersion = 2;
+constexpr uint32_t kLayoutVersion = 3;
 constexpr uint32_t kLayoutPanels = 1;
 
 // Planes of a code, low bits first; {0, 0} for widths that no format has.
@@ -76,8 +76,14 @@ static inline LinearView view_of(const dlb_linear_spec& s, const void* packed) {
     v.scale_type = s.scale;
     v.element = s.element;
     v.multiplier = s.multiplier;
-    for (int i = 0; i < 16; ++i) v.table[i] = static_cast<uint8_t>(128 + s.table[i]);
-    if (s.codec == DLB_TABLE) v.center = 128;
+    v.full_bytes = s.codec == DLB_AFFINE && s.bits == 8;
+    if (s.codec == DLB_TABLE) {
+        // Small integers as codes of five bits, whose products leave more room in int16.
+        for (int i = 0; i < 16; ++i) v.full_bytes |= s.table[i] < -16 || s.table[i] > 15;
+        v.center = v.full_bytes ? 128 : 16;
+        for (int i = 0; i < 16; ++i) v.table[i] = static_cast<uint8_t>(v.center + s.table[i]);
+        memcpy(v.values, s.values, sizeof v.values);
+    }
     v.scale_step = s.group_size == -1 ? 0 : 1;
     for (int i = 0; i <= kSegments; ++i) v.cuts[i] = ceil_div(s.cuts[i], v.block);
     int64_t at = round_up(groups_of(s) * kPanelRows * scale_bytes(s), kLineBytes);
@@ -94,6 +100,12 @@ static inline LinearView view_of(const dlb_linear_spec& s, const void* packed) {
     }
     v.panel_bytes = at;
     return v;
+}
+
+// What the sum of q is multiplied by to begin a block's dot product: minus what the codes are to be lowered by, plus
+// what the ISA has lowered them by.
+static inline int32_t start_factor(const LinearView& w, bool signed_bytes) {
+    return (w.full_bytes && signed_bytes ? 128 : 0) - (w.offset == DLB_OFFSET_NONE ? w.center : 0);
 }
 
 static inline int64_t panels_of(const dlb_linear_spec& s) { return ceil_div(s.n, kPanelRows); }

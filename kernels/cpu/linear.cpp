@@ -8,8 +8,10 @@
 // NaN or Inf gives NaN; one below 1e-30 counts as zero, so that no reciprocal overflows. A table replaces c - center by
 // its integer and w_scale by w_scale multiplier.
 //
-// For elements x stays fp32: four sums by k mod 4 in each block, by FMA where the ISA has it (so in all but scalar),
-// then (s0 + s1) + (s2 + s3), times w_scale multiplier where there are scales; blocks and segments as above.
+// For elements, and for codes where the spec says fp32, x stays as it is: four sums by k mod 4 in each block, by FMA
+// where the ISA has it (so in all but scalar), then (s0 + s1) + (s2 + s3), times w_scale (multiplier) where there are
+// scales; blocks and segments as above. Codes enter as c - center, c - zero_point or table value, and as fma(c,
+// w_scale, min), which needs no scale behind the sum.
 #include <stdlib.h>
 
 #include "layout.h"
@@ -44,6 +46,7 @@ struct Activations {
     int8_t* q;
     float* scale = nullptr;
     int32_t* sum = nullptr;
+    int32_t* start = nullptr;
     int64_t q_stride, blocks;
 
     // A line more than K needs keeps rows of a power of two out of one cache set.
@@ -51,20 +54,24 @@ struct Activations {
         q_stride = round_up(k, kLineBytes) + kLineBytes;
         blocks = ceil_div(k, block);
         const int64_t q_bytes = m * q_stride, table_bytes = round_up(m * blocks * 4, kLineBytes);
-        q = static_cast<int8_t*>(scratch.get(q_bytes + 2 * table_bytes));
+        q = static_cast<int8_t*>(scratch.get(q_bytes + 3 * table_bytes));
         if (q == nullptr) return;
         scale = reinterpret_cast<float*>(q + q_bytes);
         sum = reinterpret_cast<int32_t*>(q + q_bytes + table_bytes);
+        start = reinterpret_cast<int32_t*>(q + q_bytes + 2 * table_bytes);
     }
-    ActView view() const { return {q, scale, sum, q_stride, blocks}; }
+    ActView view() const { return {q, scale, sum, start, q_stride, blocks}; }
 };
 
 void quantize_rows(const KernelTable& table, const LinearView& w, const float* x, int64_t x_stride, int64_t m,
                    const Activations& a) {
+    const int32_t factor = start_factor(w, table.signed_bytes);
     auto body = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
+        for (int64_t i = begin; i < end; ++i) {
             table.quantize(x + i * x_stride, w.k, w.block, a.q + i * a.q_stride, a.scale + i * a.blocks,
                            a.sum + i * a.blocks);
+            for (int64_t b = i * a.blocks; b < (i + 1) * a.blocks; ++b) a.start[b] = factor * a.sum[b];
+        }
     };
     const int64_t rows_at_a_time = w.k > 0 ? ceil_div(kSerialWork, w.k) : m;
     parallel(m, rows_at_a_time, body);
@@ -102,9 +109,13 @@ int run_codes(const KernelTable& table, const dlb_linear_spec& spec, const Linea
     return DLB_OK;
 }
 
-int run_elements(const KernelTable& table, const LinearView& view, const float* x, int64_t x_stride, int64_t m,
-                 float* y, int64_t y_stride) {
-    const ElementFn run = table.linear_element[view.element];
+FloatFn float_kernel(const KernelTable& table, const dlb_linear_spec& spec) {
+    if (spec.codec == DLB_ELEMENT) return table.linear_element[spec.element];
+    return (spec.codec == DLB_TABLE ? table.linear_table_fp32 : table.linear_affine_fp32)[spec.bits];
+}
+
+int run_floats(FloatFn run, const LinearView& view, const float* x, int64_t x_stride, int64_t m, float* y,
+               int64_t y_stride) {
     const LinearOut out = {y, y_stride, 0};
     for_tiles(view, m, view.k * 4,
               [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { run(view, x, x_stride, p0, p1, m0, m1, out); });
@@ -127,7 +138,8 @@ DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, in
     }
     const dlb::KernelTable& table = dlb::active_table();
     const dlb::LinearView view = dlb::view_of(spec, packed);
-    if (spec.codec == DLB_ELEMENT) return dlb::run_elements(table, view, x, x_stride, m, y, y_stride);
+    if (spec.codec == DLB_ELEMENT || spec.compute == DLB_COMPUTE_FP32)
+        return dlb::run_floats(dlb::float_kernel(table, spec), view, x, x_stride, m, y, y_stride);
     return dlb::run_codes(table, spec, view, x, x_stride, m, y, y_stride);
 }
 

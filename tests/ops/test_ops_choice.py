@@ -24,7 +24,7 @@ def spec(format: str = "sym_int4", **changes: object) -> ops.LinearSpec:
     ("changes", "reason"),
     [
         ({"device": "cuda"}, "runs on the CPU"),
-        ({"compute": "fp32"}, "rounds activations"),
+        ({"compute": "int4"}, "arithmetic is unknown"),
         ({"cuts": (0, 1, 1, 1, 1, 1, 1, 1, 128)}, "within a summation block"),
         ({"group_size": 1 << 16}, "32768"),
     ],

@@ -98,8 +98,10 @@ def test_a_split_of_n_changes_nothing(format: str, generator: torch.Generator, l
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
 
-def apply(weight: PackedWeight, x: torch.Tensor, cuts: tuple[int, ...] | None = None) -> torch.Tensor:
-    spec = ops.LinearSpec.of(weight, cuts)
+def apply(
+    weight: PackedWeight, x: torch.Tensor, cuts: tuple[int, ...] | None = None, compute: str = "int8"
+) -> torch.Tensor:
+    spec = ops.LinearSpec.of(weight, cuts, compute)
     kernel = ops.choose(spec)
     return ops.linear(x, kernel.prepack(weight, spec), kernel.name, spec.n)
 
@@ -121,6 +123,42 @@ def test_the_tree_over_ranks_gives_the_whole(
     while len(sums) > 1:
         sums = [sums[i] + sums[i + 1] for i in range(0, len(sums), 2)]
     assert torch.equal(sums[0], apply(weight, x))
+
+
+def vector_isas() -> list[str]:
+    return [name for name in isa_names() if name != "scalar"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_fp32_activations_give_the_same_bits_for_every_vector_isa_m_thread_and_split(
+    format: str, library: ctypes.CDLL, generator: torch.Generator
+) -> None:
+    if not vector_isas():
+        pytest.skip("this CPU has no vector ISA")
+    n, k = 33, 604  # K ends within a chunk of 32 and within four elements
+    x = activations(7, k, generator)
+    for group_size in (32, -1):
+        weight = quantize(torch.randn(n, k, generator=generator), format, group_size)
+        cuts = ops.whole_cuts(k, weight.block)
+        spec = ops.LinearSpec.of(weight, cuts, compute="fp32")
+        kernel = ops.choose(spec)
+        assert kernel.name == "cpu"
+        opaque = kernel.prepack(weight, spec)
+        ops.select_isa("avx2")
+        want = run(kernel, x, opaque, n)
+        for threads in (1, 2):
+            start_pool(library, ThreadPlan(threads, ()))
+            for isa in vector_isas():
+                ops.select_isa(isa)
+                for m in (1, 2, 3, 6, 7):
+                    assert torch.equal(run(kernel, x[:m], opaque, n), want[:m]), f"{isa}, {threads} threads, M={m}"
+                rows = [apply(weight.split(0, a, b), x, cuts, "fp32") for a, b in ((0, 7), (7, 32), (32, 33))]
+                assert torch.equal(torch.cat(rows, dim=1), want), isa
+                parts = []
+                for start, stop in ((0, cuts[4]), (cuts[4], k)):
+                    mine = tuple(min(max(cut, start), stop) - start for cut in cuts)
+                    parts.append(apply(weight.split(1, start, stop), x[:, start:stop], mine, "fp32"))
+                assert torch.equal(parts[0] + parts[1], want), isa
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

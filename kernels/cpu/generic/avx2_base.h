@@ -34,7 +34,6 @@ struct Base256 {
     static inline void store(float* p, F a) { _mm256_storeu_ps(p, a); }
     static inline F to_f(I a) { return _mm256_cvtepi32_ps(a); }
     static inline I set1_32(int v) { return _mm256_set1_epi32(v); }
-    static inline I sub_32(I a, int v) { return _mm256_sub_epi32(a, _mm256_set1_epi32(v)); }
     // a - center * factor, all int32
     static inline I sub_scaled(I a, I center, int32_t factor) {
         return _mm256_sub_epi32(a, _mm256_mullo_epi32(center, _mm256_set1_epi32(factor)));
@@ -61,6 +60,27 @@ struct Base256 {
         return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
     }
     static inline F element(Const<DLB_FP32>, const uint8_t* p) { return scale32(p); }
+
+    // Byte J of every 32-bit lane as a float.
+    template <int J>
+    static inline F byte_f(I codes) {
+        if constexpr (J > 0) codes = _mm256_srli_epi32(codes, 8 * J);
+        if constexpr (J < 3) codes = _mm256_and_si256(codes, _mm256_set1_epi32(255));
+        return _mm256_cvtepi32_ps(codes);
+    }
+    struct Values {
+        F low, high;
+    };
+    static inline Values load_values(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    // The permutation looks at three bits of each lane, the blend at its sign.
+    template <int Bits, int J>
+    static inline F pick(const Values& values, I codes) {
+        const I at = J > 0 ? _mm256_srli_epi32(codes, 8 * J) : codes;
+        const F low = _mm256_permutevar8x32_ps(values.low, at);
+        if constexpr (Bits <= 3) return low;
+        const F high = _mm256_permutevar8x32_ps(values.high, at);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28 - 8 * J)));
+    }
     static inline F scale32(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
 };
 

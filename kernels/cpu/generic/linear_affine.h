@@ -6,7 +6,7 @@
 //   load_table lookup           a table of 16 bytes, and its entries at the codes
 //   kPrefetch                   bytes ahead of their use that weights are asked for
 //   load and_ or_ set1_8 srl16<s> sll16<s> quad zero_f      quad: four bytes of x in every lane
-//   Dot<bits, tokens>           exact int32 sums: clear(), step<q>(w, x) for q = 0 .. 7 of a chunk, sum()
+//   Dot<bits, tokens>           exact int32 sums: begin(start), step<q>(w, x) for q = 0 .. 7 of a chunk, sum()
 //   widen_codes scale16 scale32 set1_f set1_32 sub_scaled to_f add mul store     see the ISA files
 
 // Unrolling is by templates that hand references on: lambdas would leave the sums in memory (GCC 12).
@@ -30,17 +30,19 @@ DLB_INLINE typename V::I code_quad(const uint8_t* low, const uint8_t* high) {
     return code;
 }
 
-// With Table, a code is an index: the table holds 128 + the integer, so what follows is a format of 8 bits, centered.
-template <class V, int B0, int B1, bool Table, int Tokens>
+// What a tile multiplies by: the codes, or the entries of a table at the codes, of five or of eight bits.
+enum TileKind { kCodes, kTable5, kTable8 };
+
+template <class V, int B0, int B1, TileKind Kind, int Tokens>
 struct AffineTile {
     using I = typename V::I;
     using F = typename V::F;
-    static constexpr bool kBytes = Table || B0 == 8;
-    using Dot = typename V::template Dot<kBytes ? 8 : B0 + B1, Tokens>;
+    static constexpr bool kTable = Kind != kCodes;
+    static constexpr bool kSigned = (Kind == kTable8 || B0 == 8) && V::kSignedBytes;
+    using Dot = typename V::template Dot<Kind == kTable8 ? 8 : Kind == kTable5 ? 5 : B0 + B1, Tokens>;
     static constexpr int kHalves = V::kHalves;
     // Few tokens: both halves of a line at once, so that memory is read in order. Many: registers are dearer.
     static constexpr int kTogether = Tokens <= 2 ? kHalves : 1;
-    static constexpr int kBias = (kBytes && V::kSignedBytes) ? 128 : 0;
 
     const LinearView& w;
     const uint8_t* panel;
@@ -48,6 +50,7 @@ struct AffineTile {
     const int8_t* q[Tokens];
     const float* x_scale[Tokens];
     const int32_t* x_sum[Tokens];
+    const int32_t* x_start[Tokens];
     const bool stream;  // the first pass over these weights, which come from memory
     F value[kSegments][kHalves][Tokens];
 
@@ -57,12 +60,13 @@ struct AffineTile {
             q[t] = x.q + (m + t) * x.q_stride;
             x_scale[t] = x.scale + (m + t) * x.blocks;
             x_sum[t] = x.sum + (m + t) * x.blocks;
+            x_start[t] = x.start + (m + t) * x.blocks;
         }
     }
 
     static DLB_INLINE I table_of(const LinearView& view) {
         const I entries = V::load_table(view.table);
-        if constexpr (kBias != 0) return V::flip_sign(entries);
+        if constexpr (kSigned) return V::flip_sign(entries);
         return entries;
     }
 
@@ -74,9 +78,9 @@ struct AffineTile {
         if constexpr (H < kTogether) {
             constexpr int kAt = H * V::kLanes * 4;
             codes[H] = code_quad<V, B0, B1, Q>(low + kAt, high + kAt);
-            if constexpr (Table)
+            if constexpr (kTable)
                 codes[H] = V::lookup(table, codes[H]);
-            else if constexpr (kBias != 0)
+            else if constexpr (kSigned)
                 codes[H] = V::flip_sign(codes[H]);
             load_codes<Q, H + 1>(low, high, codes);
         }
@@ -109,32 +113,36 @@ struct AffineTile {
     }
 
     template <int H, int T>
-    static DLB_INLINE void clear(Dots& dots) {
+    DLB_INLINE void begin(int64_t block, Dots& dots) const {
         if constexpr (H < kTogether) {
-            dots[H][T].clear();
-            clear<T + 1 < Tokens ? H : H + 1, T + 1 < Tokens ? T + 1 : 0>(dots);
+            dots[H][T].begin(V::set1_32(x_start[T][block]));
+            begin<T + 1 < Tokens ? H : H + 1, T + 1 < Tokens ? T + 1 : 0>(block, dots);
         }
     }
 
     DLB_INLINE F load_scale(const uint8_t* scales, int64_t index) const {
         F scale = w.scale_type == DLB_SCALE_FP16 ? V::scale16(scales + 2 * index) : V::scale32(scales + 4 * index);
-        if constexpr (Table) scale = V::mul(scale, V::set1_f(w.multiplier));
+        if constexpr (kTable) scale = V::mul(scale, V::set1_f(w.multiplier));
         return scale;
     }
 
-    // What is subtracted from every code, so that the sum of q has to be taken out that many times.
-    DLB_INLINE I centers(int64_t index) const {
-        if (w.offset == DLB_OFFSET_ZERO_POINT) return V::sub_32(V::widen_codes(panel + w.offset_offset + index), kBias);
-        return V::set1_32((w.offset == DLB_OFFSET_NONE ? w.center : 0) - kBias);
+    template <int H, int T>
+    DLB_INLINE void add_tokens(int64_t block, const Dots& dots, F w_scale, F (&acc)[Tokens]) const {
+        if constexpr (T < Tokens) {
+            const F scale = V::mul(w_scale, V::set1_f(x_scale[T][block]));
+            acc[T] = V::add(acc[T], V::mul(V::to_f(dots[H][T].sum()), scale));
+            add_tokens<H, T + 1>(block, dots, w_scale, acc);
+        }
     }
 
-    template <int H, int T>
-    DLB_INLINE void add_tokens(int64_t block, const Dots& dots, F w_scale, I center, F (&acc)[Tokens]) const {
-        if constexpr (T < Tokens) {
-            const I exact = V::sub_scaled(dots[H][T].sum(), center, x_sum[T][block]);
-            const F scale = V::mul(w_scale, V::set1_f(x_scale[T][block]));
-            acc[T] = V::add(acc[T], V::mul(V::to_f(exact), scale));
-            add_tokens<H, T + 1>(block, dots, w_scale, center, acc);
+    // The same where every group has a zero point: the sum of q is taken out that many times.
+    template <int H>
+    void add_zero_points(int64_t block, int64_t index, const Dots& dots, F w_scale, F (&acc)[Tokens]) const {
+        const I zero_point = V::widen_codes(panel + w.offset_offset + index);
+        for (int t = 0; t < Tokens; ++t) {
+            const I exact = V::sub_scaled(dots[H][t].sum(), zero_point, x_sum[t][block]);
+            const F scale = V::mul(w_scale, V::set1_f(x_scale[t][block]));
+            acc[t] = V::add(acc[t], V::mul(V::to_f(exact), scale));
         }
     }
 
@@ -150,7 +158,10 @@ struct AffineTile {
     DLB_INLINE void add_halves(int64_t block, const Dots& dots, F (&acc)[kHalves][Tokens]) const {
         if constexpr (H < kTogether) {
             const int64_t index = block * w.scale_step * kPanelRows + (Half + H) * V::kLanes;
-            add_tokens<H, 0>(block, dots, load_scale(panel, index), centers(index), acc[Half + H]);
+            if (w.offset == DLB_OFFSET_ZERO_POINT)
+                add_zero_points<H>(block, index, dots, load_scale(panel, index), acc[Half + H]);
+            else
+                add_tokens<H, 0>(block, dots, load_scale(panel, index), acc[Half + H]);
             if (w.offset == DLB_OFFSET_MIN) add_mins(block, index, acc[Half + H]);
             add_halves<Half, H + 1>(block, dots, acc);
         }
@@ -163,7 +174,7 @@ struct AffineTile {
             const uint8_t* low = panel + w.plane_offset[0] + first * B0 * kLineBytes + Half * V::kLanes * 4;
             const uint8_t* high = panel + w.plane_offset[1] + first * B1 * kLineBytes + Half * V::kLanes * 4;
             Dots dots;
-            clear<0, 0>(dots);
+            begin<0, 0>(block, dots);
             for (int64_t c = 0; c < chunks; ++c) {
                 if (stream) {
                     for (int l = 0; l < B0; ++l) __builtin_prefetch(low + l * kLineBytes + V::kPrefetch);
@@ -229,19 +240,19 @@ inline void finish_tile(const LinearView& w, typename V::F (&value)[kSegments][V
 }
 
 // The tokens [m, m + count), count <= Tokens, with the smallest tile that holds them.
-template <class V, int B0, int B1, bool Table, int Tokens>
+template <class V, int B0, int B1, TileKind Kind, int Tokens>
 inline void affine_tokens(const LinearView& w, const uint8_t* panel, const ActView& x, int64_t m, int64_t count,
                           bool first, int64_t rows, const LinearOut& out) {
     if constexpr (Tokens > 1) {
-        if (count < Tokens) return affine_tokens<V, B0, B1, Table, Tokens - 1>(w, panel, x, m, count, first, rows, out);
+        if (count < Tokens) return affine_tokens<V, B0, B1, Kind, Tokens - 1>(w, panel, x, m, count, first, rows, out);
     }
-    AffineTile<V, B0, B1, Table, Tokens> tile(w, panel, x, m, first);
+    AffineTile<V, B0, B1, Kind, Tokens> tile(w, panel, x, m, first);
     for (int s = 0; s < kSegments; ++s)
         if (w.cuts[s] < w.cuts[s + 1]) tile.run_segment(s, x.blocks);
     finish_tile<V, Tokens>(w, tile.value, rows, out);
 }
 
-template <class V, int B0, int B1, bool Table = false>
+template <class V, int B0, int B1, TileKind Kind = kCodes>
 void linear_affine(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end, int64_t m_begin,
                    int64_t m_end, const LinearOut& out) {
     for (int64_t p = panel_begin; p < panel_end; ++p) {
@@ -250,13 +261,23 @@ void linear_affine(const LinearView& w, const ActView& x, int64_t panel_begin, i
         for (int64_t m = m_begin; m < m_end; m += V::kTokens) {
             const int64_t count = m_end - m < V::kTokens ? m_end - m : V::kTokens;
             const LinearOut at = {out.y + m * out.stride + first, out.stride, out.segment_stride};
-            affine_tokens<V, B0, B1, Table, V::kTokens>(w, panel, x, m, count, m == m_begin, rows, at);
+            affine_tokens<V, B0, B1, Kind, V::kTokens>(w, panel, x, m, count, m == m_begin, rows, at);
         }
     }
 }
 
+template <class V, int B0, int B1>
+void linear_table(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end, int64_t m_begin,
+                  int64_t m_end, const LinearOut& out) {
+    if constexpr (V::kSignedBytes) {
+        if (!w.full_bytes) return linear_affine<V, B0, B1, kTable5>(w, x, panel_begin, panel_end, m_begin, m_end, out);
+    }
+    linear_affine<V, B0, B1, kTable8>(w, x, panel_begin, panel_end, m_begin, m_end, out);
+}
+
 template <class V>
 void fill_affine(KernelTable& table) {
+    table.signed_bytes = V::kSignedBytes;
     table.linear_affine[1] = linear_affine<V, 1, 0>;
     table.linear_affine[2] = linear_affine<V, 2, 0>;
     table.linear_affine[3] = linear_affine<V, 2, 1>;
@@ -264,8 +285,8 @@ void fill_affine(KernelTable& table) {
     table.linear_affine[5] = linear_affine<V, 4, 1>;
     table.linear_affine[6] = linear_affine<V, 4, 2>;
     table.linear_affine[8] = linear_affine<V, 8, 0>;
-    table.linear_table[1] = linear_affine<V, 1, 0, true>;
-    table.linear_table[2] = linear_affine<V, 2, 0, true>;
-    table.linear_table[3] = linear_affine<V, 2, 1, true>;
-    table.linear_table[4] = linear_affine<V, 4, 0, true>;
+    table.linear_table[1] = linear_table<V, 1, 0>;
+    table.linear_table[2] = linear_table<V, 2, 0>;
+    table.linear_table[3] = linear_table<V, 2, 1>;
+    table.linear_table[4] = linear_table<V, 4, 0>;
 }

@@ -99,38 +99,44 @@ struct ElementTile {
     }
 };
 
-template <class V, int Kind, int Tokens>
-inline void element_tokens(const LinearView& w, const uint8_t* panel, const float* x, int64_t x_stride, int64_t count,
-                           bool first, int64_t rows, const LinearOut& out) {
+template <class V, int Kind>
+struct Elements {
+    template <int Tokens>
+    using Tile = ElementTile<V, Kind, Tokens>;
+};
+
+template <class V, class Weights, int Tokens>
+inline void float_tokens(const LinearView& w, const uint8_t* panel, const float* x, int64_t x_stride, int64_t count,
+                         bool first, int64_t rows, const LinearOut& out) {
     if constexpr (Tokens > 1) {
-        if (count < Tokens) return element_tokens<V, Kind, Tokens - 1>(w, panel, x, x_stride, count, first, rows, out);
+        if (count < Tokens) return float_tokens<V, Weights, Tokens - 1>(w, panel, x, x_stride, count, first, rows, out);
     }
-    ElementTile<V, Kind, Tokens> tile(w, panel, x, x_stride, first);
+    typename Weights::template Tile<Tokens> tile(w, panel, x, x_stride, first);
     for (int s = 0; s < kSegments; ++s)
         if (w.cuts[s] < w.cuts[s + 1]) tile.run_segment(s);
     finish_tile<V, Tokens>(w, tile.value, rows, out);
 }
 
-template <class V, int Kind>
-void linear_element(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin, int64_t panel_end,
-                    int64_t m_begin, int64_t m_end, const LinearOut& out) {
+template <class V, class Weights>
+void linear_float(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin, int64_t panel_end,
+                  int64_t m_begin, int64_t m_end, const LinearOut& out) {
     constexpr int kTokens = V::kElementTokens;
     for (int64_t p = panel_begin; p < panel_end; ++p) {
         const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
         for (int64_t m = m_begin; m < m_end; m += kTokens) {
             const int64_t count = m_end - m < kTokens ? m_end - m : kTokens;
             const LinearOut at = {out.y + m * out.stride + first, out.stride, out.segment_stride};
-            element_tokens<V, Kind, kTokens>(w, w.panels + p * w.panel_bytes, x + m * x_stride, x_stride, count,
-                                             m == m_begin, rows, at);
+            float_tokens<V, Weights, kTokens>(w, w.panels + p * w.panel_bytes, x + m * x_stride, x_stride, count,
+                                              m == m_begin, rows, at);
         }
     }
 }
 
 template <class V>
 void fill_element(KernelTable& table) {
-    table.linear_element[DLB_E5M2] = linear_element<V, DLB_E5M2>;
-    table.linear_element[DLB_E4M3] = linear_element<V, DLB_E4M3>;
-    table.linear_element[DLB_FP16] = linear_element<V, DLB_FP16>;
-    table.linear_element[DLB_BF16] = linear_element<V, DLB_BF16>;
-    table.linear_element[DLB_FP32] = linear_element<V, DLB_FP32>;
+    table.linear_element[DLB_E5M2] = linear_float<V, Elements<V, DLB_E5M2>>;
+    table.linear_element[DLB_E4M3] = linear_float<V, Elements<V, DLB_E4M3>>;
+    table.linear_element[DLB_FP16] = linear_float<V, Elements<V, DLB_FP16>>;
+    table.linear_element[DLB_BF16] = linear_float<V, Elements<V, DLB_BF16>>;
+    table.linear_element[DLB_FP32] = linear_float<V, Elements<V, DLB_FP32>>;
 }

@@ -23,7 +23,7 @@ struct Avx2 : Base256 {
         static constexpr int kPairs = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
         I narrow, wide;
 
-        inline void clear() { wide = _mm256_setzero_si256(); }
+        inline void begin(I start) { wide = start; }
         template <int Q>
         inline __attribute__((always_inline)) void step(I w, I x) {
             const I pairs = Bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
@@ -38,6 +38,7 @@ struct Avx2 : Base256 {
 
 #include "../generic/linear_affine.h"
 #include "../generic/linear_element.h"
+#include "../generic/linear_fp32.h"
 
 }  // namespace
 
@@ -46,6 +47,7 @@ void fill_avx2(KernelTable& table) {
     table.read_all = read_lines;
     fill_affine<Avx2>(table);
     fill_element<Avx2>(table);
+    fill_fp32<Avx2>(table);
 }
 
 }  // namespace dlb

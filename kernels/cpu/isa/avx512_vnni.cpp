@@ -22,8 +22,9 @@ struct Avx512 {
         static constexpr int kChains = Tokens <= 4 ? 2 : 1;
         I part[kChains];
 
-        inline void clear() {
-            for (int i = 0; i < kChains; ++i) part[i] = _mm512_setzero_si512();
+        inline void begin(I start) {
+            part[0] = start;
+            for (int i = 1; i < kChains; ++i) part[i] = _mm512_setzero_si512();
         }
         template <int Q>
         inline __attribute__((always_inline)) void step(I w, I x) {
@@ -60,7 +61,6 @@ struct Avx512 {
     static inline void store(float* p, F a) { _mm512_storeu_ps(p, a); }
     static inline F to_f(I a) { return _mm512_cvtepi32_ps(a); }
     static inline I set1_32(int v) { return _mm512_set1_epi32(v); }
-    static inline I sub_32(I a, int v) { return _mm512_sub_epi32(a, _mm512_set1_epi32(v)); }
     // a - center * factor, all int32
     static inline I sub_scaled(I a, I center, int32_t factor) {
         return _mm512_sub_epi32(a, _mm512_mullo_epi32(center, _mm512_set1_epi32(factor)));
@@ -89,16 +89,33 @@ struct Avx512 {
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
     static inline F element(Const<DLB_FP32>, const uint8_t* p) { return scale32(p); }
+
+    // Byte J of every 32-bit lane as a float.
+    template <int J>
+    static inline F byte_f(I codes) {
+        if constexpr (J > 0) codes = _mm512_srli_epi32(codes, 8 * J);
+        if constexpr (J < 3) codes = _mm512_and_si512(codes, _mm512_set1_epi32(255));
+        return _mm512_cvtepi32_ps(codes);
+    }
+    using Values = F;
+    static inline Values load_values(const float* p) { return _mm512_loadu_ps(p); }
+    // The permutation looks at four bits of each lane.
+    template <int Bits, int J>
+    static inline F pick(Values values, I codes) {
+        return _mm512_permutexvar_ps(J > 0 ? _mm512_srli_epi32(codes, 8 * J) : codes, values);
+    }
 };
 
 #include "../generic/linear_affine.h"
 #include "../generic/linear_element.h"
+#include "../generic/linear_fp32.h"
 
 }  // namespace
 
 void fill_avx512_vnni(KernelTable& table) {
     fill_affine<Avx512>(table);
     fill_element<Avx512>(table);
+    fill_fp32<Avx512>(table);
 }
 
 }  // namespace dlb

@@ -21,8 +21,9 @@ struct AvxVnni : Base256 {
         static constexpr int kChains = Tokens <= 4 ? 2 : 1;
         I part[kChains];
 
-        inline void clear() {
-            for (int i = 0; i < kChains; ++i) part[i] = _mm256_setzero_si256();
+        inline void begin(I start) {
+            part[0] = start;
+            for (int i = 1; i < kChains; ++i) part[i] = _mm256_setzero_si256();
         }
         template <int Q>
         inline __attribute__((always_inline)) void step(I w, I x) {

@@ -52,7 +52,7 @@ void quantize(const float* x, int64_t k, int64_t block, int8_t* q, float* scale,
     memset(q + k, 0, static_cast<size_t>(round_up(k, kChunk) - k));
 }
 
-// The codes of one chunk, [16][32]; of a table, 128 + the integers that they stand for.
+// The codes of one chunk, [16][32]; of a table, center + the integers that they stand for.
 template <bool Table>
 void decode_chunk(const LinearView& w, const uint8_t* panel, int64_t chunk, uint8_t codes[kPanelRows][kChunk]) {
     memset(codes, 0, kPanelRows * kChunk);
@@ -93,12 +93,11 @@ float load_scale(const LinearView& w, const uint8_t* table, int64_t index) {
 // acc += the block's contribution, for one token and the panel's rows.
 template <bool Table>
 void add_block(const LinearView& w, const uint8_t* panel, int64_t block, const int32_t* dot, float x_scale, int32_t sum,
-               float* acc) {
+               int32_t start, float* acc) {
     const int64_t group = block * w.scale_step * kPanelRows;
     const uint8_t* offsets = panel + w.offset_offset;
     for (int r = 0; r < kPanelRows; ++r) {
-        int32_t exact = dot[r];
-        if (w.offset == DLB_OFFSET_NONE) exact -= w.center * sum;
+        int32_t exact = dot[r] + start;
         if (w.offset == DLB_OFFSET_ZERO_POINT) exact -= offsets[group + r] * sum;
         float w_scale = load_scale(w, panel, group + r);
         if (Table) w_scale = w_scale * w.multiplier;
@@ -130,7 +129,7 @@ void run_segments(const LinearView& w, const uint8_t* panel, const ActView& x, i
             }
             for (int t = 0; t < tokens; ++t) {
                 const int64_t at = (m_begin + t) * x.blocks + b;
-                add_block<Table>(w, panel, b, dot[t], x.scale[at], x.sum[at], value[s][t]);
+                add_block<Table>(w, panel, b, dot[t], x.scale[at], x.sum[at], x.start[at], value[s][t]);
             }
         }
     }
@@ -208,8 +207,40 @@ void add_element_block(const LinearView& w, const uint8_t* panel, int64_t block,
     }
 }
 
-void linear_element(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin, int64_t panel_end,
-                    int64_t m_begin, int64_t m_end, const LinearOut& out) {
+// acc[r] += the codes of the block's elements [k, end), as the floats that they stand for, times x.
+template <bool Table>
+void add_fp32_block(const LinearView& w, const uint8_t* panel, int64_t block, int64_t k, int64_t end, const float* x,
+                    float* acc) {
+    const int64_t group = block * w.scale_step * kPanelRows;
+    const uint8_t* offsets = panel + w.offset_offset;
+    uint8_t codes[kPanelRows][kChunk];
+    float sum[4][kPanelRows] = {};
+    for (int64_t i = k; i < end; ++i) {
+        if (i % kChunk == 0) decode_chunk<false>(w, panel, i / kChunk, codes);
+        for (int r = 0; r < kPanelRows; ++r) {
+            const uint8_t code = codes[r][i % kChunk];
+            float weight = code;
+            if (Table)
+                weight = w.values[code];
+            else if (w.offset == DLB_OFFSET_MIN)
+                weight = weight * load_scale(w, panel, group + r) + load_scale(w, offsets, group + r);
+            else
+                weight = weight - static_cast<float>(w.offset == DLB_OFFSET_NONE ? w.center : offsets[group + r]);
+            sum[i % 4][r] += weight * x[i];
+        }
+    }
+    for (int r = 0; r < kPanelRows; ++r) {
+        const float total = (sum[0][r] + sum[1][r]) + (sum[2][r] + sum[3][r]);
+        acc[r] = acc[r] + total * (w.offset == DLB_OFFSET_MIN ? 1.0f : load_scale(w, panel, group + r));
+    }
+}
+
+using AddFloats = void (*)(const LinearView& w, const uint8_t* panel, int64_t block, int64_t k, int64_t end,
+                           const float* x, float* acc);
+
+template <AddFloats add>
+void linear_float(const LinearView& w, const float* x, int64_t x_stride, int64_t panel_begin, int64_t panel_end,
+                  int64_t m_begin, int64_t m_end, const LinearOut& out) {
     Values value;
     for (int64_t p = panel_begin; p < panel_end; ++p)
         for (int64_t m = m_begin; m < m_end; ++m) {
@@ -217,7 +248,7 @@ void linear_element(const LinearView& w, const float* x, int64_t x_stride, int64
             for (int s = 0; s < kSegments; ++s)
                 for (int64_t b = w.cuts[s]; b < w.cuts[s + 1]; ++b) {
                     const int64_t k = b * w.block, end = k + w.block < w.k ? k + w.block : w.k;
-                    add_element_block(w, w.panels + p * w.panel_bytes, b, k, end, x + m * x_stride, value[s][0]);
+                    add(w, w.panels + p * w.panel_bytes, b, k, end, x + m * x_stride, value[s][0]);
                 }
             finish_tile(w, p, m, 1, value, out);
         }
@@ -236,11 +267,14 @@ uint64_t read_all(const uint8_t* data, int64_t bytes) {
 
 void fill_scalar(KernelTable& table) {
     table.quantize = quantize;
+    table.signed_bytes = false;
     for (int bits = 1; bits <= kMaxBits; ++bits) {
         table.linear_affine[bits] = linear<false>;
         table.linear_table[bits] = linear<true>;
+        table.linear_affine_fp32[bits] = linear_float<add_fp32_block<false>>;
+        table.linear_table_fp32[bits] = linear_float<add_fp32_block<true>>;
     }
-    for (int kind = 0; kind < kElements; ++kind) table.linear_element[kind] = linear_element;
+    for (int kind = 0; kind < kElements; ++kind) table.linear_element[kind] = linear_float<add_element_block>;
     table.read_all = read_all;
 }
 
