@@ -4,6 +4,7 @@
 #   make test-all  every test; writes docs/test-all.md
 #   make wheel     dist/dist_lowbit-*-py3-none-linux_*.whl
 #   make lint      ruff, mypy --strict, clang-format; make format mends what they can mend
+#   make emulated build the kernels for tests of ISAs that the processor lacks; needs SIMDe (libsimde-dev)
 #   make clean     remove everything that these made
 # Variables: PYTHON, PIP_ARGS (options for pip install), PYTEST_ARGS, SANITIZE (of the kernels: address,undefined or thread)
 
@@ -41,7 +42,7 @@ CXX_FILES = $(shell git ls-files -co --exclude-standard 'kernels/*.cpp' 'kernels
 SAMPLE := dist_lowbit/sample/storyteller
 DEMO := demo-out
 
-.PHONY: help demo set-up-test test test-all wheel lint lint-ruff lint-mypy lint-cxx format clean
+.PHONY: help demo set-up-test emulated test test-all wheel lint lint-ruff lint-mypy lint-cxx format clean
 
 help:
 	@sed -n 's/^#   //p; s/^# \(Variables.*\)/\1/p' Makefile
@@ -76,12 +77,20 @@ demo: $(VENV)/.kernels
 	$(BIN)/dist-lowbit generate $(DEMO) -n 2 --prompt "Once upon a time" --max-new-tokens 48
 
 # The set-up of make test alone.
-set-up-test: $(VENV)/.test $(VENV)/.kernels
+set-up-test: $(VENV)/.test $(VENV)/.kernels emulated
 
-test: $(VENV)/.test $(VENV)/.kernels
+# Without SIMDe the tests of emulated kernels are skipped, and say so. At -O3 these would compile for minutes.
+emulated: $(VENV)/.base
+	@if echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1; then \
+	    $(BIN)/cmake -S kernels/cpu -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DDLB_EMULATE=ON \
+	        -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 --log-level=WARNING && \
+	    $(BIN)/cmake --build build/emulated -- --quiet; \
+	else echo "no <simde/x86/avx512.h> (Debian: libsimde-dev): the tests of emulated kernels will be skipped"; fi
+
+test: $(VENV)/.test $(VENV)/.kernels emulated
 	$(CHECKED) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-all: $(VENV)/.test $(VENV)/.kernels
+test-all: $(VENV)/.test $(VENV)/.kernels emulated
 	$(BIN)/python -m pytest --slow --record docs/test-all.md $(PYTEST_ARGS)
 
 wheel: $(VENV)/.python

@@ -25,6 +25,8 @@ _PACKAGES = (
 )
 _SMALL_SHM = 64 << 20  # what containers get when nobody asks for more
 _FEW_FILES = 1024
+# Instruction sets that no machine of ours has had: their arithmetic is tested in software.
+_NEVER_RAN = {"amx": "compiled; arithmetic tested under emulation only"}
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
@@ -68,7 +70,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "kernels": native_why_not() or "compiled",
-        "instruction sets": {name: _isa(able, active) for name, able, active in ops.isas()},
+        "instruction sets": {name: _isa(name, able, active) for name, able, active in ops.isas()},
         "threads": ops.plan_here().count,
         "machine": machine.describe(),
         "nodes": nodes,
@@ -79,8 +81,9 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _isa(able: bool, active: bool) -> str:
-    return "active" if active else "supported" if able else "this processor lacks it"
+def _isa(name: str, able: bool, active: bool) -> str:
+    state = "active" if active else "supported" if able else "not on this CPU"
+    return f"{state} ({_NEVER_RAN[name]})" if name in _NEVER_RAN else state
 
 
 def _version(package: str) -> str:

@@ -1,6 +1,8 @@
 // Finds what the CPU can do, builds one table per ISA and hands out the active one.
 #include <cpuid.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 
@@ -14,12 +16,25 @@ struct CpuFeatures {
     bool avx2 = false;
     bool avx_vnni = false;
     bool avx512_vnni = false;
+    bool amx = false;
 };
+
+#ifdef DLB_EMULATE
+constexpr bool kEmulate = true;
+#else
+constexpr bool kEmulate = false;
+#endif
 
 uint64_t xgetbv0() {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+// Linux gives the registers of tiles (8 KiB a thread) only to a process that asks; all its threads may use them then.
+bool tiles_granted() {
+    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
 CpuFeatures detect() {
@@ -37,7 +52,15 @@ CpuFeatures detect() {
     const bool f512 = b & (1u << 16), dq = b & (1u << 17), bw = b & (1u << 30), vl = b & (1u << 31);
     const bool vnni = c & (1u << 11);
     cpu.avx512_vnni = cpu.avx2 && zmm && f512 && dq && bw && vl && vnni;
+    const bool tiles = (saved & 0x60000) == 0x60000, amx_tile = d & (1u << 24), amx_int8 = d & (1u << 25);
+    cpu.amx = cpu.avx512_vnni && tiles && amx_tile && amx_int8 && tiles_granted();
     if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avx_vnni = cpu.avx2 && (a & (1u << 4));
+    return cpu;
+}
+
+// AVX2 stands in for the ISAs above it where they are built in software.
+CpuFeatures emulated_by_avx2(CpuFeatures cpu) {
+    cpu.avx_vnni = cpu.avx512_vnni = cpu.amx = cpu.avx2;
     return cpu;
 }
 
@@ -49,20 +72,20 @@ struct Tables {
     std::atomic<int> active{0};
 
     Tables() {
-        const CpuFeatures cpu = detect();
+        const CpuFeatures cpu = kEmulate ? emulated_by_avx2(detect()) : detect();
         KernelTable current;
         memset(&current, 0, sizeof current);
-#define DLB_ISA(isa, condition, flags) add(#isa, condition, fill_##isa, current);
+#define DLB_ISA(isa, condition, flags) add(#isa, #isa "_emulated", condition, fill_##isa, current);
 #include "isa.def"
 #undef DLB_ISA
         (void)cpu;
     }
 
-    void add(const char* name, bool has, void (*fill)(KernelTable&), KernelTable& current) {
-        // Tables of ISAs that this CPU lacks are kept too, so that they can be listed, but never selected.
+    void add(const char* name, const char* emulated, bool has, void (*fill)(KernelTable&), KernelTable& current) {
+        // An ISA that this CPU lacks is listed and no more: even its fill may be compiled to instructions of that ISA.
         KernelTable next = current;
-        next.name = name;
-        fill(next);
+        next.name = kEmulate && strcmp(name, "scalar") != 0 && strcmp(name, "avx2") != 0 ? emulated : name;
+        if (has) fill(next);
         table[count] = next;
         supported[count] = has;
         if (has) {

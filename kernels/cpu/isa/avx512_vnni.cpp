@@ -1,8 +1,8 @@
 // AVX-512 with VNNI: one line of a panel is one register, sixteen rows of N.
-#include <immintrin.h>
 #include <string.h>
 
 #include "../api.h"
+#include "../intrinsics.h"
 #include "../layout.h"
 
 namespace dlb {

@@ -1,8 +1,8 @@
 // AVX-VNNI: 256-bit dpbusd adds four products of unsigned codes and signed activations straight into int32.
-#include <immintrin.h>
 #include <string.h>
 
 #include "../api.h"
+#include "../intrinsics.h"
 #include "../layout.h"
 
 namespace dlb {
