@@ -4,76 +4,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import NoReturn
 
-from .binding import MODES, bind, resolve
+from .backend import prepare_command
 from .errors import LaunchError
-from .job import Job, Place, Program, inherited, make_job, parse_env
+from .hosts import Host, master_of, own_names
+from .job import Command, Job, Program, inherited, make_job, parse_env, parse_forwarded
+from .options import make_parser, number, seconds, split
+from .plan import Cast, Machine, make_cast, place_of, read_host_list, read_this_machine
 from .port import Port
+from .remote import host_commands
 from .runners import RUNNERS, Runner
-from .topology import Topology, from_text, read_machine
+from .runners.slurm import PORTS, allocation
 from .watch import Watch
 
-USAGE = """%(prog)s -n N [options] script.py [args ...]
-       %(prog)s -n N [options] -m module [args ...]
-       %(prog)s -n N [options] [--no-python] [--] program [args ...]"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(message)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="dist-lowbit run",
-        usage=USAGE,
-        allow_abbrev=False,
-        description="Start N ranks of a program on this machine, bound to their cores and memory; the first that "
-        "fails ends all.",
-    )
-    add = parser.add_argument
-    add("-n", dest="ranks", metavar="N", required=True, help="number of ranks")
-    add("--bind", choices=MODES, default="auto", help="what a rank gets whole pieces of; auto: NUMA nodes where each "
-        "rank gets as many, else cores, else (more ranks than cores) none")  # fmt: skip
-    add("--hyper-threads", action="store_true", help="bind to all hyper-threads of a core, not to its first")
-    add("--style", choices=list(RUNNERS), default="local", help="who starts the ranks (default: local, the launcher)")
-    add("--dry-run", action="store_true", help="print each rank's environment, cores and command; start nothing")
-    add("--topology", metavar="FILE", help="with --dry-run: the machine recorded in FILE by lscpu -p=CPU,CORE,SOCKET,"
-        "NODE, instead of this one")  # fmt: skip
-    add("--log-dir", metavar="DIR", help="write each rank's output to DIR/rankR.out and .err as well")
-    add("--master-port", metavar="P", help="port of the rendezvous (default: a free one)")
-    add("--env", metavar="K=V", action="append", default=[], help="set a variable for all ranks; may be repeated")
-    add("--no-prefix", action="store_true", help="give rank 0 the terminal: no [0] before its lines, no waiting for "
-        "whole ones")  # fmt: skip
-    add("--grace", metavar="SECONDS", default="3", help="from SIGTERM to SIGKILL when the job must end (default: 3)")
-    add("--no-python", action="store_true", help="run the program as it is, even if it ends in .py")
-    add("-m", dest="module", metavar="module", help="run a module, as python -m does; ends the options")
-    return parser
-
-
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the launcher's own options and the rest: the program and its arguments, which nobody else may read."""
-    flags = {"--hyper-threads", "--dry-run", "--no-prefix", "--no-python", "-h", "--help"}
-    i = 0
-    while i < len(argv):
-        word = argv[i]
-        if word == "--":
-            return list(argv[:i]), list(argv[i + 1 :])
-        if not word.startswith("-") or word == "-":
-            break
-        if word == "-m":
-            return list(argv[: i + 2]), list(argv[i + 2 :])
-        attached = "=" in word or (word.startswith("-n") and word != "-n")
-        i += 1 if word in flags or attached else 2
-    return list(argv[:i]), list(argv[i:])
+HOST_GRACE = 3.0  # seconds that the launcher of another host has beyond its own grace, for the way back
 
 
 def find_program(options: argparse.Namespace, rest: Sequence[str]) -> Program:
@@ -98,43 +51,17 @@ def find_program(options: argparse.Namespace, rest: Sequence[str]) -> Program:
     raise LaunchError(f"{target} is neither a .py file nor executable: rename it, or chmod +x it")
 
 
-def _number(name: str, text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise LaunchError(f"{name} {text} is no whole number") from None
-    if not low <= value <= high:
-        raise LaunchError(f"{name} {text} is out of range: expected {low} to {high}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 3600:
-        raise LaunchError(f"--grace {text} is no number of seconds from 0 to 3600")
-    return value
-
-
-def _machine(options: argparse.Namespace) -> Topology:
-    if options.topology is None:
-        return read_machine()
-    if not options.dry_run:
-        raise LaunchError("--topology describes another machine, so it needs --dry-run")
-    try:
-        return from_text(Path(options.topology).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise LaunchError(f"--topology {options.topology} cannot be read: {error}") from None
-
-
-def describe(job: Job, runner: Runner, topology: Topology) -> str:
+def describe(jobs: Sequence[Job], runner: Runner, machine: Machine) -> str:
     """Return what --dry-run prints: the machine, each rank's place and environment, the command of each process."""
-    lines = [f"# style {runner.name}, {job.size} ranks, bind {job.bind}, launch id {job.launch_id}"]
-    lines.append(f"# machine: {topology.describe()}")
-    lines += [f"# rank {spec.rank}: {spec.describe()}" for spec in job.ranks]
-    lines += [command.shell() for command in runner.command(job)]
+    first = jobs[0]
+    launch_id = f"launch id {first.launch_id}" if len(jobs) == 1 else f"{len(jobs)} instances"
+    where = f" ({len(first.ranks)} on host {first.node} of {len(first.counts)})" if len(first.counts) > 1 else ""
+    lines = [f"# style {runner.name}, {first.size} ranks{where}, bind {first.bind}, {launch_id}"]
+    lines.append(f"# machine: {machine.topology.describe()}")
+    for job in jobs:
+        instance = f" of instance {job.name}" if job.name else ""
+        lines += [f"# rank {spec.rank}{instance}: {spec.describe()}" for spec in job.ranks]
+    lines += [command.shell() for job in jobs for command in runner.command(job)]
     return "\n".join(lines)
 
 
@@ -147,36 +74,137 @@ def _sweep(launch_id: str, folder: str = "/dev/shm") -> None:
 def run(argv: Sequence[str]) -> int:
     """Do what `argv` asks and return the exit code; LaunchError if it cannot be done."""
     own, rest = split(argv)
-    options = _parser().parse_args(own)
-    ranks = _number("-n", options.ranks, -(1 << 31), 1 << 31)
-    wanted = None if options.master_port is None else _number("--master-port", options.master_port, 1, 65535)
-    grace, user_env = _seconds(options.grace), parse_env(options.env)
-    topology = _machine(options)
-    slots = bind(topology, ranks, options.bind, hyper_threads=options.hyper_threads)
+    options = make_parser().parse_args(own)
+    wanted = None if options.master_port is None else number("--master-port", options.master_port, 1, 65535)
+    seconds(options.grace)
+    forward = parse_forwarded(options.forward, os.environ)
+    hosts = read_host_list(options)
+    if hosts and options.style == "slurm":
+        raise LaunchError("--style slurm takes its hosts from the allocation; leave --hosts and --hostfile out")
+    if hosts and options.style != "mpirun":
+        find_program(options, rest)
+        return _run_hosts(options, own, rest, hosts, wanted, forward)
+    return _run_here(options, rest, hosts, wanted, {**forward, **parse_env(options.env)})
+
+
+def _run_hosts(
+    options: argparse.Namespace,
+    own: Sequence[str],
+    rest: Sequence[str],
+    hosts: Sequence[Host],
+    wanted: int | None,
+    forward: Mapping[str, str],
+) -> int:
+    """Start a launcher on each host and watch these."""
+    here = own_names()
+    with _port(wanted, hosts[0].name in here) as port:
+        commands = host_commands(
+            own,
+            rest,
+            hosts,
+            ssh=options.ssh,
+            master=(options.master_addr or master_of(tuple(hosts), here), port),
+            launch_id=secrets.token_hex(8),
+            environ=os.environ,
+            forward=forward,
+            prefix=not options.no_prefix,
+        )
+        if options.dry_run:
+            print("\n".join(f"# {command.title}\n{command.shell()}" for command in commands))
+            return 0
+        # A host ends its own ranks within the grace, so it gets a little more.
+        grace = seconds(options.grace) + HOST_GRACE
+        return Watch(commands, inherited(os.environ), host=socket.gethostname(), grace=grace).run()
+
+
+def _run_here(
+    options: argparse.Namespace,
+    rest: Sequence[str],
+    hosts: Sequence[Host],
+    wanted: int | None,
+    user_env: Mapping[str, str],
+) -> int:
+    """Start this host's ranks, or the program that starts them on all hosts."""
+    machine = read_this_machine(options, os.environ)
+    cast = make_cast(options, machine, hosts, os.environ)
     program = find_program(options, rest)
     runner = RUNNERS[options.style]()
     if (why_not := runner.why_not()) is not None:
         raise LaunchError(f"--style {options.style} cannot be used: {why_not}")
-    host = socket.gethostname()
-    with closing(Port(wanted)) as port:
-        job = make_job(
-            program,
-            slots,
-            Place(host, port.number, secrets.token_hex(8), user_env=user_env),
-            os.environ,
-            bind=resolve(topology, ranks, options.bind),
-            prefix=not options.no_prefix,
-            log_dir=options.log_dir,
-        )
+    with _jobs(options, cast, program, wanted, user_env) as jobs:
         if options.dry_run:
-            print(describe(job, runner, topology))
+            print(describe(jobs, runner, machine))
             return 0
-        if job.log_dir is not None:
-            _make_folder(job.log_dir)
-        try:
-            return Watch(runner.command(job), inherited(os.environ), host=host, grace=grace).run()
-        finally:
+        if options.log_dir is not None:
+            _make_folder(options.log_dir)
+        _prepare({**os.environ, **user_env})
+        commands = [command for job in jobs for command in runner.command(job)]
+        return _watch(commands, jobs, seconds(options.grace), options.leash)
+
+
+def _watch(commands: Sequence[Command], jobs: Sequence[Job], grace: float, leash: bool) -> int:
+    try:
+        return Watch(commands, inherited(os.environ), host=jobs[0].host, grace=grace, leash=leash).run()
+    finally:
+        for job in jobs:
             _sweep(job.launch_id)
+
+
+@contextmanager
+def _jobs(
+    options: argparse.Namespace, cast: Cast, program: Program, wanted: int | None, user_env: Mapping[str, str]
+) -> Iterator[list[Job]]:
+    """Yield the job of this host, or one for each instance, with their ports held while it lasts."""
+    groups = 1 if options.instances is None else int(options.instances)
+    if groups > 1 and wanted is not None:
+        raise LaunchError("--instances and --master-port exclude each other: each instance has a port of its own")
+    if len(cast.counts) > 1 and wanted is None and options.node_rank is not None:
+        raise LaunchError("--nnodes needs --master-addr and --master-port: an address of host 0, the same on all hosts")
+    given = allocation(os.environ) if options.style == "slurm" else None
+    if given is not None and wanted is None:
+        wanted = given.port()
+    with ExitStack() as stack:
+        jobs = []
+        for index, part in enumerate(cast.instances(groups) if groups > 1 else [cast]):
+            # Another launcher that holds the port for us has told its number, and so has whoever starts host 0.
+            held = options.launch_id is None and part.node == 0 and given is None
+            port = stack.enter_context(_port(wanted, held))
+            launch_id = options.launch_id or secrets.token_hex(8)
+            place = place_of(part, socket.gethostname(), port, launch_id, user_env, not options.leash)
+            jobs.append(
+                make_job(
+                    program,
+                    part.slots,
+                    place,
+                    os.environ,
+                    bind=part.bind,
+                    prefix=not options.no_prefix,
+                    log_dir=options.log_dir,
+                    masks=part.masks,
+                    name=str(index) if groups > 1 else "",
+                )
+            )
+        yield jobs
+
+
+@contextmanager
+def _port(wanted: int | None, held: bool) -> Iterator[int]:
+    """Yield the rendezvous' port, held for rank 0 if that is on this host; else one that is likely free over there."""
+    if not held:
+        yield random.choice(PORTS) if wanted is None else wanted
+        return
+    with closing(Port(wanted)) as port:
+        yield port.number
+
+
+def _prepare(environ: Mapping[str, str]) -> None:
+    """Run what the backend needs once, before several ranks would do it at the same time."""
+    command = prepare_command(environ)
+    if command is None:
+        return
+    done = subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise LaunchError(f"`{' '.join(command[1:])}` ended with exit code {done.returncode}, so nothing was started")
 
 
 def _make_folder(path: str) -> None:

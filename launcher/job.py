@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .backend import backend_defaults
 from .binding import Slot
 from .errors import LaunchError
 from .topology import format_cpulist
@@ -60,17 +61,25 @@ class RankSpec:
     cpus: tuple[int, ...]
     nodes: tuple[int, ...]
     command: tuple[str, ...]
+    prefer: bool = False  # memory comes from `nodes` first, not only
+    mask: Mapping[str, str] = field(default_factory=dict)  # what shows it one device; a part of `env`
 
     def describe(self) -> str:
         """Return one line for people: where the rank runs."""
         cores = f"CPUs {format_cpulist(self.cpus)}" if self.cpus else "any CPU allowed"
         memory = f"memory of NUMA node {format_cpulist(self.nodes)}" if self.nodes else "any memory"
-        return f"host {self.host}, {cores}, {memory}"
+        first = " first" if self.prefer else ""
+        devices = "".join(f", {name}={value}" for name, value in self.mask.items())
+        return f"host {self.host}, {cores}, {memory}{first}{devices}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job on one host. `env` is what all ranks share; `bind` is resolved (never "auto")."""
+    """A job as one host starts it: `ranks` are those of this host, `env` is what all ranks share.
+
+    bind: resolved, never "auto". counts: the ranks of each host. node: which of them this is. hosts: their names, where
+    a style starts them all from here.
+    """
 
     program: Program
     ranks: tuple[RankSpec, ...]
@@ -82,15 +91,25 @@ class Job:
     env: Mapping[str, str]
     prefix: bool = True
     log_dir: str | None = None
+    counts: tuple[int, ...] = ()
+    node: int = 0
+    hosts: tuple[str, ...] = ()
+    name: str = ""  # tells one of several instances
+    stdin: bool = True  # rank 0 reads what the launcher reads
 
     @property
     def size(self) -> int:
-        return len(self.ranks)
+        """The number of ranks on all hosts."""
+        return sum(self.counts)
 
 
 @dataclass(frozen=True)
 class Command:
-    """One process that the launcher starts and watches: a rank (local style) or another launcher (`rank` None)."""
+    """One process that the launcher starts and watches: a rank (local style) or another launcher (`rank` None).
+
+    prefix: what stands before each of its lines; None: it owns the launcher's stdout, so that a terminal and partial
+    lines work. stdin: "own" is the launcher's, "none" /dev/null, "held" a pipe that is closed to ask for an end.
+    """
 
     name: str
     argv: tuple[str, ...]
@@ -98,7 +117,10 @@ class Command:
     rank: int | None = None
     cpus: tuple[int, ...] = ()
     nodes: tuple[int, ...] = ()
-    prefix: bool = True  # False: owns the launcher's stdin and stdout, so a terminal and partial lines work
+    prefer: bool = False
+    prefix: str | None = None
+    stdin: str = "own"
+    title: str = ""  # how messages call it, if not by its rank or name
     log: str | None = None  # its output goes to LOG.out and LOG.err as well
     death_signal: int = signal.SIGKILL  # what it gets when the launcher itself is killed
 
@@ -117,6 +139,10 @@ class Place:
     launch_id: str
     master_addr: str = "127.0.0.1"
     user_env: Mapping[str, str] = field(default_factory=dict)
+    counts: tuple[int, ...] = ()  # ranks on each host; empty: all are here
+    node: int = 0
+    hosts: tuple[str, ...] = ()
+    stdin: bool = True
 
 
 def inherited(environ: Mapping[str, str]) -> dict[str, str]:
@@ -140,6 +166,14 @@ def parse_env(items: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def parse_forwarded(names: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the `-x NAME` options name; LaunchError for one that is not set."""
+    missing = [name for name in names if name not in environ]
+    if missing:
+        raise LaunchError(f"-x {missing[0]} is refused: it is not set here; --env {missing[0]}=VALUE sets it")
+    return parse_env([f"{name}={environ[name]}" for name in names])
+
+
 def make_job(
     program: Program,
     slots: Sequence[Slot],
@@ -149,29 +183,34 @@ def make_job(
     bind: str,
     prefix: bool = True,
     log_dir: str | None = None,
+    masks: Sequence[Mapping[str, str]] = (),
+    name: str = "",
 ) -> Job:
-    """Return the job of `program` on `slots`.
+    """Return the job of `program` on `slots`, the ranks of this host.
 
     `environ` is looked at only for what the user has set already: those values win over the launcher's defaults
     (OMP_NUM_THREADS, PYTHONUNBUFFERED so that the last lines of a killed rank are seen, PYTHONFAULTHANDLER so that
-    a crash shows where), and `place.user_env` wins over both.
+    a crash shows where, and what oneCCL wants where it is the backend), and `place.user_env` wins over both.
     """
+    counts = place.counts or (len(slots),)
     shared = {
-        "WORLD_SIZE": str(len(slots)),
+        "WORLD_SIZE": str(sum(counts)),
         "LOCAL_WORLD_SIZE": str(len(slots)),
         "LOCAL_SIZE": str(len(slots)),
         "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": str(place.master_port),
         LAUNCH_ID: place.launch_id,
     }
-    defaults = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    user = dict(place.user_env)
+    defaults = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | backend_defaults({**environ, **user})
     # A style that has one environment for all ranks takes the smallest: ranks in step wait for the slowest.
     threads = {"OMP_NUM_THREADS": str(min(slot.threads for slot in slots))}
     ranks = []
-    for rank, slot in enumerate(slots):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}
-        own |= _unset({"OMP_NUM_THREADS": str(slot.threads)} | defaults, environ) | dict(place.user_env)
-        ranks.append(RankSpec(rank, rank, place.host, own, slot.cpus, slot.nodes, program.argv))
+    for local, (slot, mask) in enumerate(zip(slots, masks or [{}] * len(slots), strict=True)):
+        rank = sum(counts[: place.node]) + local
+        own = {"RANK": str(rank), "LOCAL_RANK": str(local), **shared, **mask}
+        own |= _unset({"OMP_NUM_THREADS": str(slot.threads)} | defaults, environ) | user
+        ranks.append(RankSpec(rank, local, place.host, own, slot.cpus, slot.nodes, program.argv, slot.prefer, mask))
     rendezvous = {name: shared[name] for name in ("MASTER_ADDR", "MASTER_PORT", LAUNCH_ID)}
     return Job(
         program=program,
@@ -181,9 +220,14 @@ def make_job(
         master_addr=place.master_addr,
         master_port=place.master_port,
         launch_id=place.launch_id,
-        env=rendezvous | _unset(threads | defaults, environ) | dict(place.user_env),
+        env=rendezvous | _unset(threads | defaults, environ) | user,
         prefix=prefix,
         log_dir=log_dir,
+        counts=counts,
+        node=place.node,
+        hosts=place.hosts,
+        name=name,
+        stdin=place.stdin,
     )
 
 

@@ -20,6 +20,7 @@ TRAMPOLINE = str(Path(__file__).resolve().with_name("trampoline.py"))
 GUARD = str(Path(__file__).resolve().with_name("guard.py"))
 TAIL_LINES = 20  # of stderr, repeated when a rank fails: a traceback through a few frames
 _CHUNK = 1 << 16  # a pipe's capacity (pipe(7))
+_STDIN = {"own": None, "none": subprocess.DEVNULL, "held": subprocess.PIPE}
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,13 @@ class Process:
         self.command = command
         self.end: End | None = None
         self.tail = Tail(TAIL_LINES)
-        own_stdout = not command.prefix and command.log is None
+        own_stdout = command.prefix is None and command.log is None
         own_stderr = own_stdout and os.isatty(err.fd)  # so that a progress bar sees the terminal
         try:
             self._popen = subprocess.Popen(
                 self._argv(),
                 env={**environ, **command.env},
-                stdin=None if command.rank in (None, 0) else subprocess.DEVNULL,
+                stdin=_STDIN[command.stdin],
                 stdout=None if own_stdout else subprocess.PIPE,
                 stderr=None if own_stderr else subprocess.PIPE,
                 bufsize=0,
@@ -136,17 +137,18 @@ class Process:
 
     @property
     def title(self) -> str:
-        return self.command.name if self.command.rank is None else f"rank {self.command.rank}"
+        return self.command.title or self.command.name
 
     def _argv(self) -> list[str]:
         command = self.command
         options = ["--parent", str(os.getpid()), "--death-signal", str(int(command.death_signal))]
         options += ["--cpus", format_cpulist(command.cpus)] if command.cpus else []
-        options += ["--nodes", format_cpulist(command.nodes)] if command.nodes else []
+        how = "--prefer" if command.prefer else "--nodes"
+        options += [how, format_cpulist(command.nodes)] if command.nodes else []
         return [sys.executable, "-I", "-S", TRAMPOLINE, *options, "--", *command.argv]
 
     def _stream(self, pipe: IO[bytes], sink: Sink, suffix: str) -> Stream:
-        prefix = f"[{self.command.name}] ".encode() if self.command.prefix else None
+        prefix = None if self.command.prefix is None else self.command.prefix.encode()
         log = open(f"{self.command.log}.{suffix}", "wb", buffering=0) if self.command.log else None  # noqa: SIM115
         return Stream(pipe, sink, prefix, log, self.tail if suffix == "err" else Tail(0))
 
@@ -167,10 +169,19 @@ class Process:
         except PermissionError:
             return  # what is left runs as another user, by its own choice
 
+    def ask(self, number: int) -> None:
+        """Ask for an end by a signal, or where stdin is held by closing it: it reaches a process behind ssh, too."""
+        if self._popen.stdin is None:
+            self.signal(number)
+        else:
+            self._popen.stdin.close()
+
     def close(self) -> None:
         """Pass on the last output and reap the process, which must have ended."""
         for stream in self.streams:
             stream.drain()
+        if self._popen.stdin is not None:
+            self._popen.stdin.close()
         self._popen.wait()
         os.close(self.pidfd)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,10 +26,15 @@ class Core:
 
 @dataclass(frozen=True)
 class Topology:
-    """The cores that may be used, ordered by package, node and first CPU. `quota` is the cgroup's limit in CPUs."""
+    """The cores that may be used, ordered by package, node and first CPU.
+
+    quota: the cgroup's limit in CPUs. memories: NUMA nodes of memory without cores (HBM in flat mode, CXL), each with
+    the node of cores that is nearest.
+    """
 
     cores: tuple[Core, ...]
     quota: float | None = None
+    memories: tuple[tuple[int, int], ...] = ()
 
     @property
     def packages(self) -> tuple[int, ...]:
@@ -56,6 +61,11 @@ class Topology:
         cores = [replace(c, cpus=tuple(cpu for cpu in c.cpus if cpu in keep)) for c in self.cores]
         return replace(self, cores=tuple(c for c in cores if c.cpus))
 
+    def restrict_memory(self, allowed: Iterable[int]) -> Topology:
+        """Return the same cores with the memory nodes in `allowed` only."""
+        keep = set(allowed)
+        return replace(self, memories=tuple(pair for pair in self.memories if pair[0] in keep))
+
     def describe(self) -> str:
         """Return one line for people."""
         parts = [
@@ -67,6 +77,8 @@ class Topology:
         efficient = sum(c.efficient for c in self.cores)
         if efficient:
             parts[2] += f" ({efficient} of them efficient)"
+        if self.memories:
+            parts.insert(2, _count(len(self.memories), "memory node") + " without cores")
         if self.quota is not None:
             parts.append(f"a quota of {self.quota:g} CPUs")
         return ", ".join(parts)
@@ -138,6 +150,7 @@ def from_lscpu(text: str) -> Topology:
 _PACKAGE = re.compile(r"devices/system/cpu/cpu(\d+)/topology/physical_package_id$")
 _SIBLINGS = re.compile(r"devices/system/cpu/cpu(\d+)/topology/(?:core_cpus_list|thread_siblings_list)$")
 _NODE = re.compile(r"devices/system/node/node(\d+)/cpulist$")
+_DISTANCE = re.compile(r"devices/system/node/node(\d+)/distance$")
 
 
 def from_sysfs(files: Mapping[str, str]) -> Topology:
@@ -145,6 +158,8 @@ def from_sysfs(files: Mapping[str, str]) -> Topology:
     package_of: dict[int, int] = {}
     siblings_of: dict[int, tuple[int, ...]] = {}
     node_of: dict[int, int] = {}
+    distance_of: dict[int, list[int]] = {}
+    memory: tuple[int, ...] = ()
     slow: set[int] = set()
     online: set[int] | None = None
     for path, content in files.items():
@@ -154,6 +169,10 @@ def from_sysfs(files: Mapping[str, str]) -> Topology:
             siblings_of[int(match[1])] = parse_cpulist(content)
         elif match := _NODE.search(path):
             node_of.update(dict.fromkeys(parse_cpulist(content), int(match[1])))
+        elif match := _DISTANCE.search(path):
+            distance_of[int(match[1])] = [int(item) for item in content.split()]
+        elif path.endswith("devices/system/node/has_memory"):
+            memory = parse_cpulist(content)
         elif path.endswith("devices/cpu_atom/cpus"):
             slow.update(parse_cpulist(content))
         elif path.endswith("devices/system/cpu/online"):
@@ -166,7 +185,21 @@ def from_sysfs(files: Mapping[str, str]) -> Topology:
     for cpu in sorted(present):
         cpus = tuple(c for c in siblings_of.get(cpu, (cpu,)) if c in present) or (cpu,)
         cores[cpus[0]] = Core(package_of.get(cpu, 0), node_of.get(cpu, 0), cpus, cpus[0] in slow)
-    return Topology(_ordered(cores.values()))
+    return Topology(_ordered(cores.values()), memories=_memories(memory, set(node_of.values()), distance_of))
+
+
+def _memories(
+    memory: tuple[int, ...], with_cores: set[int], distance_of: Mapping[int, list[int]]
+) -> tuple[tuple[int, int], ...]:
+    """Return each node of `memory` without cores, with the nearest that has some (the lowest among equals)."""
+    nodes = sorted({*distance_of, *with_cores})  # a row of distances has an entry for each node, in this order
+    found = []
+    for node in memory:
+        row = dict(zip(nodes, distance_of.get(node, ()), strict=False))
+        near = min((n for n in nodes if n in with_cores and n in row), key=lambda n: row[n], default=None)
+        if node not in with_cores and near is not None:
+            found.append((node, near))
+    return tuple(found)
 
 
 def from_text(text: str) -> Topology:
@@ -174,10 +207,13 @@ def from_text(text: str) -> Topology:
 
     Either `lscpu -p=CPU,CORE,SOCKET,NODE` or `grep -s . FILES` over SYSFS_FILES, which prints "path:content".
     """
-    if text.lstrip().startswith("/sys/"):
-        lines = (line.partition(":") for line in text.splitlines() if line.strip())
-        return from_sysfs({path.strip(): content.strip() for path, _, content in lines})
-    return from_lscpu(text)
+    return from_sysfs(sysfs_files(text)) if text.lstrip().startswith("/sys/") else from_lscpu(text)
+
+
+def sysfs_files(text: str) -> dict[str, str]:
+    """Return the files in a text of lines "path:content"; paths of PCI devices hold colons themselves."""
+    lines = (re.fullmatch(r"\s*(/sys/.*?/[a-z_]+):(.*)", line) for line in text.splitlines() if line.strip())
+    return {match[1]: match[2].strip() for match in lines if match is not None}
 
 
 def parse_cpu_max(text: str) -> float | None:
@@ -193,6 +229,8 @@ SYSFS_FILES = (
     "devices/system/cpu/cpu[0-9]*/topology/physical_package_id",
     "devices/system/cpu/cpu[0-9]*/topology/thread_siblings_list",
     "devices/system/node/node[0-9]*/cpulist",
+    "devices/system/node/node[0-9]*/distance",
+    "devices/system/node/has_memory",
     "devices/cpu_atom/cpus",
 )
 
@@ -210,25 +248,52 @@ def read_sysfs(root: str = "/sys") -> dict[str, str]:
     return found
 
 
+def parse_cfs(quota: str, period: str) -> float | None:
+    """Return the limit in CPUs of a cgroup v1's two files (-1 is none)."""
+    return None if int(quota) <= 0 else int(quota) / int(period)
+
+
 def read_quota(cgroup: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float | None:
-    """Return the tightest CPU quota of this process's cgroup (v2) and its ancestors, None without one."""
-    quotas: list[float] = []
+    """Return the tightest CPU quota of this process's cgroup (v2 or v1) and its ancestors, None without one."""
     try:
         lines = Path(cgroup).read_text().splitlines()
     except OSError:
         return None
-    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
-    folder = Path(root) / own
+    quotas = []
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if not controllers:
+            quotas += _quotas(Path(root), own, lambda place: parse_cpu_max((place / "cpu.max").read_text()))
+        elif "cpu" in controllers.split(","):
+            quotas += _quotas(Path(root) / "cpu", own, _cfs)
+    return min(quotas, default=None)
+
+
+def _cfs(place: Path) -> float | None:
+    return parse_cfs((place / "cpu.cfs_quota_us").read_text(), (place / "cpu.cfs_period_us").read_text())
+
+
+def _quotas(root: Path, own: str, read: Callable[[Path], float | None]) -> list[float]:
+    """Return the quotas of a group and its ancestors below `root`."""
+    found = []
+    folder = root / own.strip("/")
     for place in (folder, *folder.parents):
         if not place.is_relative_to(root):
             break
         try:
-            quota = parse_cpu_max((place / "cpu.max").read_text())
+            quota = read(place)
         except (OSError, ValueError):  # the root group has no such file
             continue
         if quota is not None:
-            quotas.append(quota)
-    return min(quotas, default=None)
+            found.append(quota)
+    return found
+
+
+def read_allowed_memory(status: str = "/proc/self/status") -> tuple[int, ...]:
+    """Return the NUMA nodes that the cpuset lets this process allocate on."""
+    lines = Path(status).read_text().splitlines()
+    text = next((line for line in lines if line.startswith("Mems_allowed_list:")), ":")
+    return parse_cpulist(text.partition(":")[2])
 
 
 def read_machine() -> Topology:
@@ -245,4 +310,4 @@ def read_machine() -> Topology:
     known = whole.restrict(allowed)
     if not known.cores:
         known = Topology(tuple(Core(0, 0, (cpu,)) for cpu in sorted(allowed)))
-    return replace(known, quota=read_quota())
+    return replace(known, quota=read_quota()).restrict_memory(read_allowed_memory())

@@ -1,23 +1,29 @@
 """Prepare this process for its rank, then become the rank's program. Run by path, with nothing imported from here.
 
-    python -I -S trampoline.py [--parent PID] [--death-signal N] [--cpus A;B] [--nodes A;B] -- PROGRAM ARGS...
+    python -I -S trampoline.py [--parent PID] [--death-signal N] [--cpus A;B] [--nodes A;B | --prefer A;B]
+        [--mask NAME=A;B]... [--lines all|others] -- PROGRAM ARGS...
 
 Binding happens before the program starts so that every thread and page of it is in place from the first. It is a
 program of its own, not code between fork and exec, so it cannot meet a lock that another thread held, and other
 launchers (mpirun, torchrun, deepspeed) can run it in front of a rank. Sets for several local ranks are separated
-by ";" and picked by the local rank that the other launcher set.
+by ";" and picked by the local rank that the other launcher set. --lines puts relay.py between the program and the
+other launcher (of rank 0 not with "others").
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import runpy
 import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-MPOL_BIND = 2  # linux/mempolicy.h
+MPOL_PREFERRED, MPOL_BIND, MPOL_PREFERRED_MANY = 1, 2, 5  # linux/mempolicy.h; the last since Linux 5.15
 # Number of the system call set_mempolicy, which glibc does not wrap (asm/unistd.h).
 SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237, "riscv64": 237, "ppc64le": 261, "s390x": 270}
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
 LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID")
 
 
@@ -35,18 +41,18 @@ def numbers(text: str) -> list[int]:
     return found
 
 
-def own(text: str) -> list[int]:
-    """Return this local rank's set of "A;B;C", or the only set."""
-    sets = text.split(";")
-    if len(sets) == 1:
-        return numbers(sets[0])
+def pick(text: str) -> str:
+    """Return this local rank's part of "A;B;C", or the only part."""
+    parts = text.split(";")
+    if len(parts) == 1:
+        return parts[0]
     name = next((n for n in LOCAL_RANKS if n in os.environ), None)
     if name is None:
         fail(2, f"cannot bind: none of {', '.join(LOCAL_RANKS)} tells which local rank this is")
     local_rank = int(os.environ[str(name)])
-    if local_rank >= len(sets):
-        fail(2, f"cannot bind: local rank {local_rank} has none of the {len(sets)} CPU sets")
-    return numbers(sets[local_rank])
+    if local_rank >= len(parts):
+        fail(2, f"cannot bind: local rank {local_rank} has none of the {len(parts)} CPU sets")
+    return parts[local_rank]
 
 
 def die_with_parent(parent: int, signum: int) -> None:
@@ -58,39 +64,63 @@ def die_with_parent(parent: int, signum: int) -> None:
         sys.exit(128 + signum)
 
 
-def bind_memory(nodes: list[int]) -> None:
-    """Allocate on `nodes` only: a page cache full of checkpoint is then dropped, instead of spilling to a far node."""
+def set_mempolicy(mode: int, nodes: list[int]) -> int:
+    """Make the system call and return 0, or the errno."""
     number = SET_MEMPOLICY.get(os.uname().machine)
     if number is None:
-        why = f"the system call's number on {os.uname().machine} is not known"
-    else:
-        bits = 8 * ctypes.sizeof(ctypes.c_ulong)
-        mask = (ctypes.c_ulong * (max(nodes) // bits + 1))()
-        for node in nodes:
-            mask[node // bits] |= 1 << (node % bits)
-        libc = ctypes.CDLL(None, use_errno=True)
-        # The kernel reads one bit less than it is told (linux/mm/mempolicy.c, get_nodes).
-        size = ctypes.c_ulong(len(mask) * bits + 1)
-        if libc.syscall(ctypes.c_long(number), ctypes.c_int(MPOL_BIND), mask, size) == 0:
-            return
-        why = os.strerror(ctypes.get_errno())
-    # Containers often forbid it (seccomp); the cores still make first touch land on the right node.
-    print(f"dist-lowbit run: memory is not bound to NUMA node {nodes}: {why}", file=sys.stderr)
+        return errno.ENOSYS
+    bits = 8 * ctypes.sizeof(ctypes.c_ulong)
+    mask = (ctypes.c_ulong * (max(nodes) // bits + 1))()
+    for node in nodes:
+        mask[node // bits] |= 1 << (node % bits)
+    libc = ctypes.CDLL(None, use_errno=True)
+    # The kernel reads one bit less than it is told (linux/mm/mempolicy.c, get_nodes).
+    size = ctypes.c_ulong(len(mask) * bits + 1)
+    done = libc.syscall(ctypes.c_long(number), ctypes.c_int(mode), mask, size)
+    return 0 if done == 0 else ctypes.get_errno()
+
+
+def bind_memory(nodes: list[int], prefer: bool) -> None:
+    """Allocate on `nodes` only: a page cache full of checkpoint is then dropped, instead of spilling to a far node.
+
+    prefer: on them first, and elsewhere when they are full.
+    """
+    error = set_mempolicy(MPOL_PREFERRED_MANY if prefer else MPOL_BIND, nodes)
+    if error == errno.EINVAL and prefer:  # an older kernel prefers one node
+        error = set_mempolicy(MPOL_PREFERRED, nodes[:1])
+    if error:
+        # Containers often forbid it (seccomp); the cores still make first touch land on the right node.
+        why = os.strerror(error)
+        print(f"dist-lowbit run: memory is not bound to NUMA node {nodes}: {why}", file=sys.stderr)
+
+
+def make_lines(whose: str) -> None:
+    """Become two processes: one goes on from here, the other passes on its output in whole lines, and ends with it."""
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), "?")
+    if whose == "all" or rank != "0":
+        runpy.run_path(str(Path(__file__).with_name("relay.py")))["relay"](f"[{rank}] ".encode())
 
 
 def main(argv: list[str]) -> None:
     split = argv.index("--")
-    options = dict(zip(argv[:split:2], argv[1:split:2], strict=True))
+    pairs = list(zip(argv[:split:2], argv[1:split:2], strict=True))
+    options = dict(pairs)
     program = argv[split + 1 :]
     if "--parent" in options:
         die_with_parent(int(options["--parent"]), int(options["--death-signal"]))
-    if cpus := own(options.get("--cpus", "")):
+    if cpus := numbers(pick(options.get("--cpus", ""))):
         try:
             os.sched_setaffinity(0, cpus)
         except OSError as error:
             fail(2, f"cannot bind to CPUs {cpus}: {error.strerror}")
-    if nodes := own(options.get("--nodes", "")):
-        bind_memory(nodes)
+    for name in ("--nodes", "--prefer"):
+        if nodes := numbers(pick(options.get(name, ""))):
+            bind_memory(nodes, name == "--prefer")
+    for mask in (value for name, value in pairs if name == "--mask"):
+        variable, _, values = mask.partition("=")
+        os.environ[variable] = pick(values)
+    if "--lines" in options:
+        make_lines(options["--lines"])
     try:
         os.execvp(program[0], program)
     except OSError as error:  # the codes of a shell: 127 not found, 126 found but not to be run

@@ -60,10 +60,19 @@ def blame(ends: Sequence[End], lost: Sequence[bool]) -> int:
 
 
 class Watch:
-    """The job while it runs. `run()` once."""
+    """The job while it runs. `run()` once. `leash`: the end of stdin ends the job, as another launcher holds it."""
 
-    def __init__(self, commands: Sequence[Command], environ: Mapping[str, str], *, host: str, grace: float) -> None:
+    def __init__(
+        self,
+        commands: Sequence[Command],
+        environ: Mapping[str, str],
+        *,
+        host: str,
+        grace: float,
+        leash: bool = False,
+    ) -> None:
         self._commands, self._environ, self._host, self._grace = commands, environ, host, grace
+        self._leash = Leash() if leash else None
         self._out, self._err = Sink(1), Sink(2)
         self._poll = selectors.PollSelector()  # epoll refuses regular files
         self._processes: list[Process] = []
@@ -77,6 +86,8 @@ class Watch:
         """Start everything, wait for its end and return the job's exit code; LaunchError if a start fails."""
         with Signals() as signals:
             self._poll.register(signals.fd, selectors.EVENT_READ, signals)
+            if self._leash is not None:
+                self._poll.register(self._leash.fd, selectors.EVENT_READ, self._leash)
             guard = Guard()
             try:
                 for command in self._commands:
@@ -116,6 +127,10 @@ class Watch:
             elif isinstance(key.data, Signals):
                 for number in signals.read():
                     self._received(number)
+            elif isinstance(key.data, Leash):
+                if key.data.gone():
+                    self._poll.unregister(key.fd)
+                    self._begin_ending()
             else:
                 key.data.pump()
         if self._out.broken and self._phase in ("running", "blaming"):
@@ -136,7 +151,9 @@ class Watch:
                     if not stream.pipe.closed:
                         wanted[stream.pipe.fileno()] = (stream, selectors.EVENT_READ)
         for fd, key in registered.items():
-            if not isinstance(key.data, Process | Signals) and (fd not in wanted or wanted[fd][0] is not key.data):
+            if not isinstance(key.data, Process | Signals | Leash) and (
+                fd not in wanted or wanted[fd][0] is not key.data
+            ):
                 self._poll.unregister(fd)
         for fd, (data, events) in wanted.items():
             if fd not in self._poll.get_map():
@@ -193,7 +210,8 @@ class Watch:
     def _begin_ending(self) -> None:
         if self._phase in ("running", "blaming"):
             self._phase, self._deadline = "ending", time.monotonic() + self._grace
-            self._send(signal.SIGTERM)
+            for process in self._alive():
+                process.ask(signal.SIGTERM)
             self._send(signal.SIGCONT)  # a stopped rank takes SIGTERM only when it goes on
 
     def _begin_killing(self) -> None:
@@ -243,6 +261,8 @@ class Watch:
             if failed:
                 self._say(f"interrupted by {signal_name(self._asked)}")
             return 128 + self._asked if failed else 0
+        if self._leash is not None and self._leash.over and failed:
+            return 128 + signal.SIGHUP  # whoever held it knows why
         return 128 + signal.SIGPIPE if broken else 0
 
     def _lost(self) -> list[bool]:
@@ -258,7 +278,9 @@ class Watch:
         also = [f"{p.title} {e.describe()}" for p, e in self._deaths if p is not process]
         if also:
             sentence += f"; at the same time {', '.join(also)}"
-        lines = process.tail.lines() if process.command.prefix else []  # else they stand above as they were
+        # A rank's last lines are hidden among the others'; those of another launcher stand above as they were.
+        own = process.command.rank is not None and process.command.prefix is not None
+        lines = process.tail.lines() if own else []
         if lines:
             sentence += "; the last lines of its stderr:" + "".join(f"\n  {line}" for line in lines)
         self._say(sentence)
@@ -269,6 +291,25 @@ class Watch:
 
     def _say(self, sentence: str) -> None:
         self._err.write(f"dist-lowbit run: {sentence}\n".encode())
+
+
+class Leash:
+    """The launcher's stdin where another launcher holds the other end: its end asks for ours, also behind ssh."""
+
+    fd = 0
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def gone(self) -> bool:
+        """Read what is there; return whether the other end has let go."""
+        try:
+            self.over = not os.read(self.fd, 4096)
+        except BlockingIOError:
+            return False
+        except OSError:  # a terminal that was hung up
+            self.over = True
+        return self.over
 
 
 class Signals:

@@ -9,6 +9,7 @@ from ..job import Command, Job
 from .deepspeed import DeepspeedRunner
 from .local import LocalRunner
 from .mpirun import MpirunRunner
+from .slurm import SlurmRunner
 from .torchrun import TorchrunRunner
 
 
@@ -36,4 +37,5 @@ RUNNERS: dict[str, Callable[[], Runner]] = {
     "mpirun": MpirunRunner.find,
     "torchrun": TorchrunRunner.find,
     "deepspeed": DeepspeedRunner.find,
+    "slurm": SlurmRunner.find,
 }

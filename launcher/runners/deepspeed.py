@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 from dataclasses import dataclass
 
@@ -38,7 +40,10 @@ class DeepspeedRunner:
         split, so the trampoline binds. --no_local_rank: a script gets the arguments that it was given and no more.
         """
         assert self.program is not None, self.why_not()
-        flags = ["--num_accelerators", str(job.size), "--no_local_rank"]
+        if len(job.counts) > 1:
+            start, flags = _node_launcher(job)
+        else:
+            start, flags = (self.program,), ["--num_accelerators", str(len(job.ranks)), "--no_local_rank"]
         flags += ["--master_addr", job.master_addr, "--master_port", str(job.master_port)]
         flags += ["--enable_each_rank_log", job.log_dir] if job.log_dir else []
         program = bound_argv(job)
@@ -48,4 +53,12 @@ class DeepspeedRunner:
             flags += ["--module"] if job.program.kind == "module" else []
             program = (job.program.target, *job.program.args)
         env = {**job.env, "DS_ACCELERATOR": job.env.get("DS_ACCELERATOR", self.accelerator)}
-        return [foreign_command("deepspeed", job, (self.program, *flags, *program), env)]
+        return [foreign_command("deepspeed", job, (*start, *flags, *program), env)]
+
+
+def _node_launcher(job: Job) -> tuple[tuple[str, ...], list[str]]:
+    """Return how one of several hosts starts its ranks: by what `deepspeed` itself runs on each host of a hostfile."""
+    world = {f"node{node}": list(range(ranks)) for node, ranks in enumerate(job.counts)}
+    encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    start = (job.program.python, "-u", "-m", "deepspeed.launcher.launch")
+    return start, ["--world_info", encoded, "--node_rank", str(job.node), "--no_local_rank"]

@@ -21,16 +21,22 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
 
 
-def bound_argv(job: Job, *, cpus: bool = True) -> tuple[str, ...]:
-    """Return a rank's argv with our own binding in front, or the bare argv where there is nothing to bind.
+def bound_argv(job: Job, *, cpus: bool = True, lines: bool = False) -> tuple[str, ...]:
+    """Return a rank's argv with our own trampoline in front, or the bare argv where there is nothing for it to do.
 
-    `cpus=False` leaves the cores to the other launcher and binds memory only.
+    `cpus=False` leaves the cores to the other launcher and binds memory only. lines: the other launcher passes output
+    on in whatever pieces it comes, so the trampoline makes whole lines behind the rank of them.
     """
     options: list[str] = []
     if cpus and any(spec.cpus for spec in job.ranks):
         options += ["--cpus", ";".join(format_cpulist(spec.cpus) for spec in job.ranks)]
     if any(spec.nodes for spec in job.ranks):
-        options += ["--nodes", ";".join(format_cpulist(spec.nodes) for spec in job.ranks)]
+        how = "--prefer" if any(spec.prefer for spec in job.ranks) else "--nodes"
+        options += [how, ";".join(format_cpulist(spec.nodes) for spec in job.ranks)]
+    for name in dict.fromkeys(name for spec in job.ranks for name in spec.mask):
+        options += ["--mask", f"{name}=" + ";".join(spec.mask.get(name, "") for spec in job.ranks)]
+    if lines:
+        options += ["--lines", "all" if job.prefix else "others"]
     if not options:
         return job.program.argv
     return (job.program.python, "-I", "-S", TRAMPOLINE, *options, "--", *job.program.argv)
@@ -39,4 +45,5 @@ def bound_argv(job: Job, *, cpus: bool = True) -> tuple[str, ...]:
 def foreign_command(name: str, job: Job, argv: tuple[str, ...], env: Mapping[str, str]) -> Command:
     """Return the Command of another launcher, which cleans up after SIGTERM but not after SIGKILL."""
     log = os.path.join(job.log_dir, name) if job.log_dir else None
-    return Command(name=name, argv=argv, env=env, prefix=False, log=log, death_signal=signal.SIGTERM)
+    stdin = "own" if job.stdin else "none"
+    return Command(name=name, argv=argv, env=env, log=log, stdin=stdin, death_signal=signal.SIGTERM)

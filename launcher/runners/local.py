@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..job import Command, Job
+from ..job import Command, Job, RankSpec
 
 
 class LocalRunner:
@@ -20,16 +20,21 @@ class LocalRunner:
 
     def command(self, job: Job) -> list[Command]:
         """Return one Command per rank."""
-        return [
-            Command(
-                name=str(spec.rank),
-                argv=spec.command,
-                env=spec.env,
-                rank=spec.rank,
-                cpus=spec.cpus,
-                nodes=spec.nodes,
-                prefix=job.prefix or spec.rank != 0,
-                log=os.path.join(job.log_dir, f"rank{spec.rank}") if job.log_dir else None,
-            )
-            for spec in job.ranks
-        ]
+        return [_rank(job, spec) for spec in job.ranks]
+
+
+def _rank(job: Job, spec: RankSpec) -> Command:
+    name = f"{job.name}.{spec.rank}" if job.name else str(spec.rank)
+    return Command(
+        name=name,
+        argv=spec.command,
+        env=spec.env,
+        rank=spec.rank,
+        title=f"rank {spec.rank}" + (f" of instance {job.name}" if job.name else ""),
+        cpus=spec.cpus,
+        nodes=spec.nodes,
+        prefer=spec.prefer,
+        prefix=None if spec.rank == 0 and not job.prefix and not job.name else f"[{name}] ",
+        stdin="own" if spec.rank == 0 and job.stdin and not job.name else "none",
+        log=os.path.join(job.log_dir, f"rank{name}") if job.log_dir else None,
+    )

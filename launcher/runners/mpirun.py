@@ -60,34 +60,43 @@ class MpirunRunner:
         return None
 
     def command(self, job: Job) -> list[Command]:
-        """Return the one mpirun. The ranks learn who they are from it, so RANK and its like are not set."""
+        """Return the one mpirun. The ranks learn who they are from it, so RANK and its like are not set.
+
+        Its own prefix (-prepend-rank, --tag-output) stands before every piece that it reads, also in the middle of a
+        line, so the trampoline makes the lines.
+        """
         assert self.program is not None, self.why_not()
         assert self.dialect is not None, self.why_not()
         flags = {"intel": self._intel, "mpich": self._mpich, "openmpi": self._openmpi}[self.dialect](job)
-        program = bound_argv(job, cpus=self.dialect == "openmpi")
-        argv = (self.program, *flags, "-n", str(job.size), *program)
+        program = bound_argv(job, cpus=self.dialect == "openmpi", lines=True)
+        argv = (self.program, *flags, *_hosts(job, self.dialect), "-n", str(job.size), *program)
         return [foreign_command("mpirun", job, argv, _siblings_on_path(self.program, os.environ.get("PATH", "")))]
 
     def _intel(self, job: Job) -> list[str]:
-        flags = ["-prepend-rank"] if job.prefix else []
         if job.bind == "none":
             pin = {"I_MPI_PIN": "0"}
         else:
             masks = (hex(sum(1 << cpu for cpu in spec.cpus)) for spec in job.ranks)
             pin = {"I_MPI_PIN": "1", "I_MPI_PIN_DOMAIN": f"[{','.join(masks)}]"}
-        return flags + _genv({**job.env, **pin})
+        return _genv({**job.env, **pin})
 
     def _mpich(self, job: Job) -> list[str]:
-        flags = ["-prepend-rank"] if job.prefix else []
         sets = ",".join("+".join(map(str, spec.cpus)) for spec in job.ranks)
-        return [*flags, "-bind-to", "none" if job.bind == "none" else f"user:{sets}", *_genv(job.env)]
+        return ["-bind-to", "none" if job.bind == "none" else f"user:{sets}", *_genv(job.env)]
 
     def _openmpi(self, job: Job) -> list[str]:
         # Its own binding knows no uneven sets, so it is off and the trampoline binds. Slots are our business, too.
         flags = ["--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE"]
-        flags += ["--tag-output"] if job.prefix else []
         flags += ["--allow-run-as-root"] if self.root else []
         return flags + [part for name, value in job.env.items() for part in ("-x", f"{name}={value}")]
+
+
+def _hosts(job: Job, dialect: str) -> list[str]:
+    """Return the flags that name the hosts; none where all ranks are here."""
+    if not job.hosts:
+        return []
+    pairs = ",".join(f"{host}:{ranks}" for host, ranks in zip(job.hosts, job.counts, strict=True))
+    return ["--host" if dialect == "openmpi" else "-hosts", pairs]
 
 
 def _genv(env: Mapping[str, str]) -> list[str]:

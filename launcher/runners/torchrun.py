@@ -39,7 +39,8 @@ class TorchrunRunner:
     def command(self, job: Job) -> list[Command]:
         """Return the one torchrun. Its own --numa-binding wants GPUs, so the trampoline binds."""
         assert self.program is not None, self.why_not()
-        flags = ["--nnodes", "1", "--nproc-per-node", str(job.size), "--max-restarts", "0"]
+        flags = ["--nnodes", str(len(job.counts)), "--nproc-per-node", str(len(job.ranks)), "--max-restarts", "0"]
+        flags += ["--node-rank", str(job.node)] if len(job.counts) > 1 else []
         flags += ["--master-addr", job.master_addr, "--master-port", str(job.master_port)]
         flags += ["--tee", "3"] if job.prefix else []
         flags += ["--log-dir", job.log_dir] if job.log_dir else []

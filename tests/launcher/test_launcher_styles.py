@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 from test_launcher_topology import GOLDEN, machine
 
+from dist_lowbit.launcher.__main__ import main
 from dist_lowbit.launcher.binding import bind, resolve
 from dist_lowbit.launcher.job import Job, Place, Program, inherited, make_job
-from dist_lowbit.launcher.runners import RUNNERS
+from dist_lowbit.launcher.runners import RUNNERS, Runner
 from dist_lowbit.launcher.runners.deepspeed import DeepspeedRunner
 from dist_lowbit.launcher.runners.foreign import TRAMPOLINE
 from dist_lowbit.launcher.runners.local import LocalRunner
 from dist_lowbit.launcher.runners.mpirun import MpirunRunner, dialect_of
+from dist_lowbit.launcher.runners.slurm import Allocation, SlurmRunner, allocation, expand_nodes
 from dist_lowbit.launcher.runners.torchrun import TorchrunRunner
 from tests.launcher.conftest import READY, Launch, gone, until
 
@@ -32,16 +36,21 @@ def job(
     user: Mapping[str, str] | None = None,
     prefix: bool = True,
     log_dir: str | None = None,
+    hosts: tuple[str, ...] = (),
+    counts: tuple[int, ...] = (),
+    node: int = 0,
+    masks: Sequence[Mapping[str, str]] = (),
 ) -> Job:
     topology = machine(name)
     return make_job(
         program,
         bind(topology, ranks, bind_mode),
-        Place("here", 29400, "cafe", user_env=user or {}),
+        Place("here", 29400, "cafe", user_env=user or {}, hosts=hosts, counts=counts, node=node),
         environ if environ is not None else {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
         bind=resolve(topology, ranks, bind_mode),
         prefix=prefix,
         log_dir=log_dir,
+        masks=masks,
     )
 
 
@@ -53,6 +62,8 @@ def line(runner: object, of: Job) -> str:
 SHARED = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400", "DIST_LOWBIT_LAUNCH_ID": "cafe"}
 GENV = "-genv MASTER_ADDR 127.0.0.1 -genv MASTER_PORT 29400 -genv DIST_LOWBIT_LAUNCH_ID cafe -genv OMP_NUM_THREADS 1"
 END = "/py gen.py --x 'a b'"
+LINES = f"/py -I -S {TRAMPOLINE} --lines all -- {END}"
+ALONE = f"/py -I -S {TRAMPOLINE} --lines others -- {END}"
 
 
 def test_local_environment_is_the_contract() -> None:
@@ -105,14 +116,18 @@ def test_dialects_are_told_by_their_version(version: str, dialect: str | None) -
 
 
 MPIRUN = [
-    ("intel", job(), f"-prepend-rank {GENV} -genv I_MPI_PIN 0 -n 2 {END}"),
+    ("intel", job(), f"{GENV} -genv I_MPI_PIN 0 -n 2 {LINES}"),
     ("intel", job(bind_mode="core", prefix=False),
-     f"{GENV} -genv I_MPI_PIN 1 -genv I_MPI_PIN_DOMAIN '[0x1,0x2]' -n 2 {END}"),
-    ("mpich", job(), f"-prepend-rank -bind-to none {GENV} -n 2 {END}"),
+     f"{GENV} -genv I_MPI_PIN 1 -genv I_MPI_PIN_DOMAIN '[0x1,0x2]' -n 2 {ALONE}"),
+    ("intel", job(hosts=("a", "b"), counts=(2, 1)), f"{GENV} -genv I_MPI_PIN 0 -hosts a:2,b:1 -n 3 {LINES}"),
+    ("mpich", job(), f"-bind-to none {GENV} -n 2 {LINES}"),
     ("mpich", job("hybrid_8p_16e.sysfs", "core", user={"OMP_NUM_THREADS": "1"}),
-     f"-prepend-rank -bind-to user:0+2+4+6,8+10+12+14 {GENV} -n 2 {END}"),
-    ("openmpi", job(), "--bind-to none --map-by slot:OVERSUBSCRIBE --tag-output -x MASTER_ADDR=127.0.0.1 "
-     f"-x MASTER_PORT=29400 -x DIST_LOWBIT_LAUNCH_ID=cafe -x OMP_NUM_THREADS=1 -n 2 {END}"),
+     f"-bind-to user:0+2+4+6,8+10+12+14 {GENV} -n 2 {LINES}"),
+    ("openmpi", job(), "--bind-to none --map-by slot:OVERSUBSCRIBE -x MASTER_ADDR=127.0.0.1 "
+     f"-x MASTER_PORT=29400 -x DIST_LOWBIT_LAUNCH_ID=cafe -x OMP_NUM_THREADS=1 -n 2 {LINES}"),
+    ("openmpi", job(hosts=("a", "b"), counts=(2, 2)), "--bind-to none --map-by slot:OVERSUBSCRIBE -x "
+     "MASTER_ADDR=127.0.0.1 -x MASTER_PORT=29400 -x DIST_LOWBIT_LAUNCH_ID=cafe -x OMP_NUM_THREADS=1 "
+     f"--host a:2,b:2 -n 4 {LINES}"),
 ]  # fmt: skip
 
 
@@ -124,13 +139,19 @@ def test_mpirun(dialect: str, of: Job, expected: str) -> None:
 def test_openmpi_binds_by_the_trampoline_and_admits_root() -> None:
     text = line(MpirunRunner("/bin/mpirun", "openmpi", root=True), job(bind_mode="core", prefix=False))
     assert "--allow-run-as-root" in text
-    assert text.endswith(f"-n 2 /py -I -S {TRAMPOLINE} --cpus '0;1' -- {END}")
+    assert text.endswith(f"-n 2 /py -I -S {TRAMPOLINE} --cpus '0;1' --lines others -- {END}")
 
 
 def test_memory_nodes_come_by_the_trampoline_under_hydra() -> None:
     text = line(MpirunRunner("/bin/mpirun", "intel"), job("two_sockets_ht.lscpu", "numa"))
     assert f"I_MPI_PIN_DOMAIN '[{hex((1 << 28) - 1)},{hex(((1 << 28) - 1) << 28)}]'" in text
-    assert text.endswith(f"-n 2 /py -I -S {TRAMPOLINE} --nodes '0;1' -- {END}")
+    assert text.endswith(f"-n 2 /py -I -S {TRAMPOLINE} --nodes '0;1' --lines all -- {END}")
+
+
+def test_masks_come_by_the_trampoline() -> None:
+    masks = [{"ZE_AFFINITY_MASK": "0"}, {"ZE_AFFINITY_MASK": "1"}]
+    text = line(TorchrunRunner(("torchrun",)), job(masks=masks))
+    assert text.endswith(f"/py -I -S {TRAMPOLINE} --mask 'ZE_AFFINITY_MASK=0;1' -- {END}")
 
 
 def test_mpirun_outside_the_path_finds_its_siblings() -> None:
@@ -148,6 +169,8 @@ OTHERS = [
      f"{TORCHRUN} --no-python /bin/ls"),
     (TorchrunRunner(("torchrun",)), job(bind_mode="core", prefix=False),
      f"{TORCHRUN} --no-python /py -I -S {TRAMPOLINE} --cpus '0;1' -- {END}"),
+    (TorchrunRunner(("torchrun",)), job(counts=(2, 2), node=1, prefix=False), "--nnodes 2 --nproc-per-node 2 "
+     "--max-restarts 0 --node-rank 1 --master-addr 127.0.0.1 --master-port 29400 gen.py --x 'a b'"),
     (DeepspeedRunner("deepspeed"), job(), f"{DEEPSPEED} gen.py --x 'a b'"),
     (DeepspeedRunner("deepspeed"), job(program=Program("module", "m", (), "/py"), log_dir="logs"),
      f"{DEEPSPEED} --enable_each_rank_log logs --module m"),
@@ -159,6 +182,74 @@ OTHERS = [
 @pytest.mark.parametrize(("runner", "of", "expected"), OTHERS)
 def test_torchrun_and_deepspeed(runner: TorchrunRunner | DeepspeedRunner, of: Job, expected: str) -> None:
     assert line(runner, of) == f"{runner.name} {expected}"
+
+
+def test_one_of_several_hosts_of_deepspeed_is_started_as_deepspeed_does() -> None:
+    (command,) = DeepspeedRunner("deepspeed").command(job(counts=(2, 1), node=0))
+    assert command.argv[:5] == ("/py", "-u", "-m", "deepspeed.launcher.launch", "--world_info")
+    world = json.loads(base64.urlsafe_b64decode(command.argv[5]))
+    assert world == {"node0": [0, 1], "node1": [0]}
+    rest = "--node_rank 0 --no_local_rank --master_addr 127.0.0.1 --master_port 29400 gen.py --x 'a b'"
+    assert shlex.join(command.argv[6:]) == rest
+
+
+NODELISTS = [
+    ("n1", ["n1"]),
+    ("n[1-3]", ["n1", "n2", "n3"]),
+    ("cn[008-010,12],login1", ["cn008", "cn009", "cn010", "cn12", "login1"]),
+    ("r[1-2]n[01-02]", ["r1n01", "r1n02", "r2n01", "r2n02"]),
+    ("a-1.cluster,b[7]-ib", ["a-1.cluster", "b7-ib"]),
+]
+
+
+@pytest.mark.parametrize(("text", "names"), NODELISTS)
+def test_the_nodes_of_an_allocation(text: str, names: list[str]) -> None:
+    assert list(expand_nodes(text)) == names
+
+
+ALLOCATION = Allocation("4711", ("n1", "n2"), 56)
+SRUN = [
+    (job(counts=(2, 2)), "--nodes 2 --ntasks 4 --ntasks-per-node 2", "--cpus-per-task 28", ""),
+    (job(), "--nodes 1 --ntasks 2 --ntasks-per-node 2", "--cpus-per-task 28", ""),
+    (job("two_sockets_ht.lscpu", "numa", counts=(2, 2)), "--nodes 2 --ntasks 4 --ntasks-per-node 2",
+     "--cpus-per-task 28", "--cpus '0-27;28-55' --nodes '0;1' "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("of", "shape", "cpus", "bound"), SRUN)
+def test_srun(of: Job, shape: str, cpus: str, bound: str) -> None:
+    (command,) = SlurmRunner("/bin/srun", ALLOCATION).command(of)
+    assert shlex.join(command.argv) == (
+        f"/bin/srun {shape} --distribution block --cpu-bind none --kill-on-bad-exit=1 --unbuffered {cpus} --export ALL "
+        f"/py -I -S {TRAMPOLINE} {bound}--lines all -- {END}"
+    )
+    assert command.env["MASTER_PORT"] == "29400"
+
+
+def test_an_allocation_is_read_from_the_environment() -> None:
+    environ = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "56"}
+    assert allocation(environ) == ALLOCATION
+    assert ALLOCATION.port() in range(20000, 32000)
+    assert allocation({"SLURM_JOB_ID": "4711"}) is None
+
+
+def test_slurm_starts_every_node_of_the_allocation(monkeypatch: pytest.MonkeyPatch, launch: Launch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    srun = launch.folder / "srun"
+    srun.write_text("#!/bin/sh\nexit 1\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{launch.folder}:{os.environ['PATH']}")
+    for name, value in {"ID": "4711", "NODELIST": "n[1-3]"}.items():
+        monkeypatch.setenv(f"SLURM_JOB_{name}", value)
+    script = launch.script("pass")
+    words = ["--style", "slurm", "--dry-run", "--topology", str(GOLDEN / "two_sockets_ht.lscpu")]
+    assert main(["-n", "auto", *words, script]) == 0
+    out = capsys.readouterr().out
+    assert "--nodes 3 --ntasks 6 --ntasks-per-node 2 " in out
+    assert f"MASTER_ADDR=n1 MASTER_PORT={20000 + 4711}" in out
+    assert main(["-n", "1", "--nnodes", "2", *words, script]) == 0
+    assert "--nodes 2 --ntasks 2 --ntasks-per-node 1 " in capsys.readouterr().out
+    assert main(["-n", "1", "--nnodes", "4", *words, script]) == 2
 
 
 def test_deepspeed_runs_on_the_cpu_unless_told_otherwise() -> None:
@@ -173,9 +264,11 @@ def test_deepspeed_runs_on_the_cpu_unless_told_otherwise() -> None:
         (MpirunRunner("/bin/mpirun", None, "hello"), "none of Intel MPI, MPICH and Open MPI"),
         (TorchrunRunner(None), "this Python has no torch"),
         (DeepspeedRunner(None), "deepspeed is neither"),
+        (SlurmRunner(None), "srun is not on PATH"),
+        (SlurmRunner("/bin/srun"), "this is no Slurm allocation"),
     ],
 )
-def test_what_is_missing_is_said(runner: MpirunRunner | TorchrunRunner | DeepspeedRunner, words: str) -> None:
+def test_what_is_missing_is_said(runner: Runner, words: str) -> None:
     assert not runner.backend_exists()
     assert words in str(runner.why_not())
 

@@ -18,6 +18,7 @@ from dist_lowbit.launcher.topology import (
     from_text,
     parse_cpu_max,
     parse_cpulist,
+    read_allowed_memory,
     read_machine,
     read_quota,
     read_sysfs,
@@ -29,6 +30,9 @@ MACHINES = {
     "one_socket_2_cores.lscpu": "1 package, 1 NUMA node, 2 physical cores, 2 CPUs",
     "two_sockets_ht.lscpu": "2 packages, 2 NUMA nodes, 56 physical cores, 112 CPUs",
     "two_sockets_snc4_ht.lscpu": "2 packages, 8 NUMA nodes, 112 physical cores, 224 CPUs",
+    "two_sockets_hbm_flat.sysfs": "2 packages, 2 NUMA nodes, 2 memory nodes without cores, 112 physical cores, "
+    "224 CPUs",
+    "two_sockets_8_xpu.sysfs": "2 packages, 2 NUMA nodes, 64 physical cores, 128 CPUs",
     "hybrid_8p_16e.sysfs": "1 package, 1 NUMA node, 24 physical cores (16 of them efficient), 32 CPUs",
 }
 
@@ -121,6 +125,22 @@ def test_quota(tmp_path: Path) -> None:
     (tmp_path / "cgroup").write_text("0::/a/b\n")
     assert read_quota(str(tmp_path / "cgroup"), str(tmp_path / "fs")) == 3.0
     assert read_quota(str(tmp_path / "none"), str(tmp_path / "fs")) is None
+
+
+def test_quota_of_cgroup_v1(tmp_path: Path) -> None:
+    own = tmp_path / "fs" / "cpu" / "docker" / "x"
+    own.mkdir(parents=True)
+    (own / "cpu.cfs_quota_us").write_text("150000\n")
+    (own / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "cgroup").write_text("4:cpu,cpuacct:/docker/x\n2:memory:/docker/x\n0::/\n")
+    assert read_quota(str(tmp_path / "cgroup"), str(tmp_path / "fs")) == 1.5
+    (own / "cpu.cfs_quota_us").write_text("-1\n")
+    assert read_quota(str(tmp_path / "cgroup"), str(tmp_path / "fs")) is None
+
+
+def test_memory_nodes_that_the_cpuset_allows(tmp_path: Path) -> None:
+    (tmp_path / "status").write_text("Name:\tcat\nMems_allowed_list:\t0-1,3\n")
+    assert read_allowed_memory(str(tmp_path / "status")) == (0, 1, 3)
 
 
 def test_this_machine() -> None:
