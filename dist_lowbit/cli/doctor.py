@@ -21,6 +21,8 @@ _PACKAGES = (
     "mpi4py",
     "impi-rt",
     "oneccl-devel",
+    "tcmlib",
+    "intel-cmplr-lib-rt",
     "oneccl_bindings_for_pytorch",
 )
 _SMALL_SHM = 64 << 20  # what containers get when nobody asks for more
@@ -58,6 +60,7 @@ def examine() -> dict[str, Any]:
     from dist_lowbit.core.native import native_why_not
     from dist_lowbit.core.rank import discover
     from dist_lowbit.core.version import __version__
+    from dist_lowbit.kernels import ccl
     from dist_lowbit.launcher.runners import RUNNERS
     from dist_lowbit.launcher.topology import read_machine
 
@@ -75,6 +78,7 @@ def examine() -> dict[str, Any]:
         "machine": machine.describe(),
         "nodes": nodes,
         "backends (yes, or why not, for this process)": comm.why_not(here),
+        "oneCCL shim": str(ccl.built() or ccl.why_not() or "built at first use, or by dist-lowbit build ccl"),
         "launcher styles (yes, or why not)": {name: runner().why_not() for name, runner in RUNNERS.items()},
         "recommended": f"dist-lowbit run -n {ranks} your_script.py",
         "warnings": warnings(*limits()),

@@ -16,7 +16,7 @@ from dist_lowbit.core.log import configure
 from dist_lowbit.core.settings import settings
 from dist_lowbit.core.version import __version__
 
-from . import bench, chat, convert, doctor, generate, inspect
+from . import bench, build, chat, convert, doctor, generate, inspect
 
 _BadCommandLine: Any = typer.BadParameter.__base__  # typer shows this class of its parser only through its children
 
@@ -64,6 +64,7 @@ app.command()(chat.chat)
 app.command()(inspect.inspect)
 app.command()(doctor.doctor)
 app.add_typer(bench.app, name="bench")
+app.add_typer(build.app, name="build")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

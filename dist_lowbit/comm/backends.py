@@ -14,6 +14,7 @@ from dist_lowbit.core.rank import RankInfo, current
 from dist_lowbit.core.settings import settings
 
 from .base import BaseGroup
+from .ccl import CclGroup
 from .gloo import GlooGroup
 from .group import Group, Json
 from .meeting import Meeting, meet
@@ -21,7 +22,9 @@ from .peers import from_json, myself, one_machine, to_json
 from .shm import ShmGroup
 from .single import SingleGroup
 
-BACKENDS: Mapping[str, type[BaseGroup]] = {backend.name: backend for backend in (SingleGroup, ShmGroup, GlooGroup)}
+BACKENDS: Mapping[str, type[BaseGroup]] = {
+    backend.name: backend for backend in (SingleGroup, ShmGroup, CclGroup, GlooGroup)
+}
 AUTO = ("shm", "gloo")  # best first
 
 

@@ -57,6 +57,10 @@ class BaseGroup(ABC):
     def _all_reduce(self, x: torch.Tensor, timeout: float) -> None:
         """Replace x by the tree sum."""
 
+    def _all_reduce_native(self, x: torch.Tensor, timeout: float) -> None:
+        """Replace x by the sum as the backend adds by itself; by default it has no way of its own."""
+        self._all_reduce(x, timeout)
+
     @abstractmethod
     def _all_gather(self, x: torch.Tensor, out: torch.Tensor, counts: list[int], timeout: float) -> None:
         """Fill out (bytes) with every rank's x (bytes), counts[rank] long."""
@@ -81,10 +85,11 @@ class BaseGroup(ABC):
 
     # ---- the collectives
 
-    def all_reduce(self, x: torch.Tensor, timeout: float | None = None) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, timeout: float | None = None, *, native: bool = False) -> torch.Tensor:
         if x.dtype not in DTYPES or x.device.type != "cpu" or not x.is_contiguous():
             raise UsageError(f"all_reduce got {_described(x)}; expected contiguous fp32, bf16 or fp16 on the CPU")
-        self._run(self._all_reduce, x, self.timeout if timeout is None else timeout)
+        reduce = self._all_reduce_native if native else self._all_reduce
+        self._run(reduce, x, self.timeout if timeout is None else timeout)
         return x
 
     def all_gather(

@@ -39,10 +39,11 @@ class Group(Protocol):
         """The backend's name in BACKENDS."""
         ...
 
-    def all_reduce(self, x: torch.Tensor, timeout: float | None = None) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, timeout: float | None = None, *, native: bool = False) -> torch.Tensor:
         """Replace `x` by the sum over all ranks and return it, the same bits on every rank.
 
-        `x` is contiguous fp32, bf16 or fp16; the order and the rounding are those of `tree.tree_sum`.
+        `x` is contiguous fp32, bf16 or fp16; the order and the rounding are those of `tree.tree_sum`. With `native` the
+        backend (gloo, mpi, ccl, nccl) adds as it likes, which is faster between machines and has other bits.
         """
         ...
 

@@ -38,8 +38,9 @@ class ConnectionLost(CommError):
 class Meeting:
     """The ranks of one group while it forms. All call `exchange` and `part` together."""
 
-    def __init__(self, store: Store, info: RankInfo, timeout: float) -> None:
+    def __init__(self, store: Store, info: RankInfo, timeout: float, hosted_by_rank_0: bool = False) -> None:
         self.store = store
+        self.hosted_by_rank_0 = hosted_by_rank_0  # so that the store ends with it
         self.info = info
         self.timeout = timeout
         self._round = 0
@@ -176,7 +177,8 @@ def meet(
         try:
             name = f"dist_lowbit/{prefix}/{info.attempt}"
             arrival = base.add(f"{name}/arrivals", 1) - 1
-            meeting = Meeting(PrefixStore(f"{name}/{arrival // info.world_size}", base), info, timeout)
+            own = store is None and not info.hosted
+            meeting = Meeting(PrefixStore(f"{name}/{arrival // info.world_size}", base), info, timeout, own)
             return meeting, meeting.exchange(facts)
         except (DistNetworkError, ConnectionLost) as error:
             # Rank 0 may just be closing the store of an earlier group: meet again at its next one.

@@ -71,7 +71,8 @@ def test_wheel_holds_the_package_and_nothing_else(pure_wheel: Path) -> None:
         inside |= {f"dist_lowbit/{path.relative_to(ROOT)}" for path in (ROOT / top).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == inside
     assert "dist_lowbit/py.typed" in names
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".def", "CMakeLists.txt"))]
+    compiled_later = {"dist_lowbit/kernels/ccl/shim.cpp"}  # on the user's machine, against Intel's library there
+    assert {name for name in names if name.endswith((".cpp", ".h", ".def", "CMakeLists.txt"))} == compiled_later
 
 
 def test_metadata(pure_wheel: Path) -> None:

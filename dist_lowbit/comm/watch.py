@@ -1,0 +1,101 @@
+"""Looking after a wait for other ranks: who has died, who has left, who is silent for too long."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from time import monotonic
+
+from dist_lowbit.core.errors import CommError
+
+from .notes import Notes
+from .peers import Peer, has_ended, is_stopped, open_pidfd
+
+GRACE = 0.3  # seconds that a message of one who has gone may still be on its way
+TELL = 0.5  # seconds of waiting, after which a rank tells the others in which call it waits
+
+
+def _release(descriptors: list[int], owner: int) -> None:
+    if os.getpid() == owner:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+class Watch:
+    """What one rank of a group knows of its peers while it waits for them.
+
+    `call` and `limit` describe the current wait, for the sentences; whoever waits calls `examine`, or `look` from
+    compiled code, every few milliseconds.
+    """
+
+    def __init__(self, rank: int, peers: Sequence[Peer], notes: Notes, timeout: float) -> None:
+        self.call = "a call of compiled code"
+        self.limit = timeout
+        self.notes = notes
+        self._rank = rank
+        self._peers = peers
+        near = [peer for peer in peers if peer.rank != rank and peer.machine == peers[rank].machine]
+        self._pidfds = {peer.rank: pidfd for peer in near if (pidfd := open_pidfd(peer)) >= 0}
+        self._suspects: dict[int, tuple[float, CommError]] = {}
+        self._told = 0
+        self._kept: BaseException | None = None
+        self.close = weakref.finalize(self, _release, list(self._pidfds.values()), os.getpid())
+
+    def look(self, number: int, waited: float) -> int:
+        """Examine on behalf of compiled code, which no exception may pass; return 1 if the wait must end."""
+        try:
+            self.examine(number, waited)
+        except BaseException as error:  # also Ctrl-C
+            self._kept = error
+            return 1
+        return 0
+
+    def raise_kept(self) -> None:
+        """Raise what ended a wait of compiled code."""
+        if self._kept is not None:
+            raise self._kept
+
+    def examine(self, number: int, waited: float, awaited: Sequence[int] | None = None) -> None:
+        """Raise CommError naming the rank for which waiting is in vain: by default any of the peers may be it.
+
+        `number` counts the calls of the group; `waited` is in seconds.
+        """
+        ranks = [peer.rank for peer in self._peers if peer.rank != self._rank] if awaited is None else list(awaited)
+        now = monotonic()
+        for rank, error in self._gone(ranks):
+            since, _ = self._suspects.setdefault(rank, (now, error))
+            if now - since >= GRACE:
+                raise error
+        for rank, note in list(self.notes.left.items()):
+            if note["rank"] is not None:
+                raise CommError(f"{self._peers[rank]} has left the group: {note['message']}", note["rank"])
+        if waited > self.limit:
+            raise self._silent(ranks, number)
+        self.notes.refresh()
+        if waited >= TELL and self._told < number:
+            self._told = number
+            self.notes.reach(number)
+
+    def _gone(self, ranks: list[int]) -> list[tuple[int, CommError]]:
+        """Return those of the ranks that will send no more, though what they sent may still arrive."""
+        waits = f"rank {self._rank} waited for it in {self.call}"
+        gone: dict[int, str] = {}
+        if self.notes.lost and 0 in ranks and self.notes.hosted:
+            gone[0] = "has closed its group or cannot be reached"
+        gone |= {rank: "has closed its group" for rank in ranks if rank in self.notes.left}
+        gone |= {rank: "has died" for rank in ranks if rank in self._pidfds and has_ended(self._pidfds[rank])}
+        return [(rank, CommError(f"{self._peers[rank]} {what}; {waits}", rank)) for rank, what in gone.items()]
+
+    def _silent(self, ranks: list[int], number: int) -> CommError:
+        """Name a rank that has not come to this call, as far as the notes tell."""
+        peers = [self._peers[rank] for rank in ranks]
+        machine = self._peers[self._rank].machine
+        stopped = [peer for peer in peers if peer.machine == machine and is_stopped(peer)]
+        behind = [peer for peer in peers if self.notes.reached.get(peer.rank, -1) < number]
+        peer = [*stopped, *behind, *peers][0]
+        return CommError(
+            f"{peer} was silent for {self.limit:g} s{' (it is stopped)' if stopped else ''}; rank {self._rank} waited "
+            f"for it in {self.call} (DIST_LOWBIT_TIMEOUT sets the time)",
+            peer.rank,
+        )

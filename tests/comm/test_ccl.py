@@ -1,0 +1,81 @@
+"""The oneCCL shim: built once whoever asks, refused in a sentence, and the environment that oneCCL is given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_lowbit.comm.ccl import environment
+from dist_lowbit.core.rank import RankInfo
+from dist_lowbit.kernels import ccl
+from dist_lowbit.kernels.ccl import build
+from tests.comm.conftest import require
+
+PAIR = RankInfo(1, 2, 1, 2, "127.0.0.1", 1, "test")
+OFI = {"CCL_ATL_TRANSPORT": "ofi", "CCL_PROCESS_LAUNCHER": "none", "FI_PROVIDER": "tcp"}
+ALWAYS = {"CCL_LOG_LEVEL": "error", "CCL_WORKER_OFFLOAD": "0"}
+
+ENVIRONMENTS = {
+    "nothing": ({}, ALWAYS | OFI | {"CCL_LOCAL_RANK": "1", "CCL_LOCAL_SIZE": "2"}),
+    "intel mpi": ({"PMI_RANK": "1", "I_MPI_MPIRUN": "mpirun"}, ALWAYS),
+    "mpich": ({"PMI_RANK": "1"}, ALWAYS | OFI | {"CCL_LOCAL_RANK": "1", "CCL_LOCAL_SIZE": "2"}),
+    "the user's own": ({"CCL_ATL_TRANSPORT": "mpi", "CCL_LOG_LEVEL": "info"}, {"CCL_WORKER_OFFLOAD": "0"}),
+    "another provider": (
+        {"FI_PROVIDER": "verbs"},
+        ALWAYS | OFI | {"FI_PROVIDER": "verbs", "CCL_LOCAL_RANK": "1", "CCL_LOCAL_SIZE": "2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENVIRONMENTS)
+def test_environment(case: str) -> None:
+    environ, expected = ENVIRONMENTS[case]
+    assert environ | environment(PAIR, environ) == environ | expected
+
+
+def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PARTS", {"no-such-package": "libnothing.so"})
+    assert ccl.built() is None
+    assert "the package no-such-package is not installed (pip install --no-deps oneccl-devel" in str(ccl.why_not())
+    with pytest.raises(ccl.ShimMissing, match="no-such-package"):
+        ccl.ensure()
+
+
+def test_no_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require("ccl")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in str(ccl.why_not())
+    with pytest.raises(ccl.ShimMissing, match="no C"):
+        ccl.ensure()
+
+
+def test_a_failed_build_is_a_sentence_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require("ccl")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "broken.cpp")
+    build.SOURCE.write_text("#error on purpose\n")
+    with pytest.raises(ccl.ShimMissing, match=r"cannot build the oneCCL shim: .*on purpose"):
+        ccl.ensure()
+    assert [path.name for path in (tmp_path / "dist_lowbit").iterdir()] == ["ccl.lock"]
+
+
+def test_many_processes_build_once(tmp_path: Path) -> None:
+    require("ccl")
+    log = tmp_path / "compilations"
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho x >> {log}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)}
+    command = [sys.executable, "-m", "dist_lowbit.kernels.ccl"]
+    processes = [subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    paths = {process.communicate(timeout=60)[0] for process in processes}
+    assert len(paths) == 1
+    path = Path(paths.pop().strip())
+    assert path.is_file()
+    assert path.name.startswith("ccl-")
+    assert log.read_text() == "x\n"
