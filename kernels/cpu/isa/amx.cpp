@@ -52,7 +52,7 @@ inline __m512i plane_quad(const uint8_t* lines) {
     return _mm512_and_si512(bits, _mm512_set1_epi8(static_cast<char>(((1 << B) - 1) << Shift)));
 }
 
-// A chunk's codes (of a table: 128 + the integers they stand for) as eight rows of a tile.
+// A chunk's codes (of a table: its entries) as eight rows of a tile.
 template <int B0, int B1, bool Table, int Q = 0>
 inline void decode_chunk(const uint8_t* low, const uint8_t* high, __m512i table, uint8_t* out) {
     if constexpr (Q < kChunk / 4) {
@@ -157,18 +157,19 @@ void add_block(const LinearView& w, const uint8_t* panel, const ActView& x, int6
     const int64_t index = block * w.scale_step * kPanelRows;
     __m512 w_scale = load_scale(w, panel, index), w_min = _mm512_setzero_ps();
     if (Table) w_scale = _mm512_mul_ps(w_scale, _mm512_set1_ps(w.multiplier));
-    __m512i center = _mm512_set1_epi32(w.offset == DLB_OFFSET_NONE ? w.center : 0);
     const uint8_t* offsets = panel + w.offset_offset;
+    __m512i zero_point = _mm512_setzero_si512();
     if (w.offset == DLB_OFFSET_ZERO_POINT)
-        center = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets + index)));
+        zero_point = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets + index)));
     if (w.offset == DLB_OFFSET_MIN) w_min = load_scale(w, offsets, index);
     for (int t = 0; t < tokens; ++t) {
         const int64_t at = (m + t) * x.blocks + block;
-        const __m512i sum = _mm512_set1_epi32(x.sum[at]), dot = _mm512_loadu_si512(dots + t * kPanelRows);
+        const __m512i sum = _mm512_set1_epi32(x.sum[at]);
+        __m512i dot = _mm512_add_epi32(_mm512_loadu_si512(dots + t * kPanelRows), _mm512_set1_epi32(x.start[at]));
+        if (w.offset == DLB_OFFSET_ZERO_POINT) dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(zero_point, sum));
         const __m512 x_scale = _mm512_set1_ps(x.scale[at]);
-        const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(dot, _mm512_mullo_epi32(center, sum)));
         __m512 total = _mm512_loadu_ps(acc + t * kPanelRows);
-        total = _mm512_add_ps(total, _mm512_mul_ps(exact, _mm512_mul_ps(w_scale, x_scale)));
+        total = _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(w_scale, x_scale)));
         if (w.offset == DLB_OFFSET_MIN)
             total = _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(w_min, x_scale)));
         _mm512_storeu_ps(acc + t * kPanelRows, total);
@@ -201,25 +202,35 @@ void run_segment(const LinearView& w, const uint8_t* panel, const ActView& x, in
     }
 }
 
-// A panel's rows for Tiles x 16 tokens from m on: segments, their tree, and `rows` results of each token.
+inline void store_rows(const float* value, int tokens, int64_t rows, float* y, int64_t stride) {
+    for (int t = 0; t < tokens; ++t)
+        memcpy(y + t * stride, value + t * kPanelRows, static_cast<size_t>(rows) * sizeof(float));
+}
+
+// A panel's `rows` rows for Tiles x 16 tokens from m on: the segments, and their tree where one sum is wanted.
 template <int Tiles, bool Table>
-void run_panel(const LinearView& w, const uint8_t* panel, const ActView& x, int64_t m, DecodeFn decode_step,
-               int64_t rows, float* y, int64_t y_stride) {
+void run_panel(const LinearView& w, int64_t p, const ActView& x, int64_t m, DecodeFn decode_step,
+               const LinearOut& out) {
     constexpr int kTokens = Tiles * kTileTokens, kSize = kTokens * kPanelRows;
+    const uint8_t* panel = w.panels + p * w.panel_bytes;
+    const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
+    float* y = out.y + m * out.stride + first;
     alignas(64) float value[kSegments][kSize];
     bool present[kSegments];
     for (int s = 0; s < kSegments; ++s) {
         present[s] = w.cuts[s] < w.cuts[s + 1];
-        if (present[s]) run_segment<Tiles, Table>(w, panel, x, m, w.cuts[s], w.cuts[s + 1], decode_step, value[s]);
+        if (!present[s]) continue;
+        run_segment<Tiles, Table>(w, panel, x, m, w.cuts[s], w.cuts[s + 1], decode_step, value[s]);
+        if (out.segment_stride != 0) store_rows(value[s], kTokens, rows, y + s * out.segment_stride, out.stride);
     }
+    if (out.segment_stride != 0) return;
     segment_tree(
         present,
         [&](int a, int b) {
             for (int i = 0; i < kSize; ++i) value[a][i] = value[a][i] + value[b][i];
         },
         [&](int a, int b) { memcpy(value[a], value[b], sizeof value[b]); });
-    for (int t = 0; t < kTokens; ++t)
-        memcpy(y + t * y_stride, value[0] + t * kPanelRows, static_cast<size_t>(rows) * sizeof(float));
+    store_rows(value[0], kTokens, rows, y, out.stride);
 }
 
 // What this ISA inherits: the kernels of few tokens.
@@ -227,22 +238,19 @@ LinearFn affine_below[kMaxBits + 1], table_below[kMaxBits + 1];
 
 template <int B0, int B1, bool Table>
 void linear(const LinearView& w, const ActView& x, int64_t panel_begin, int64_t panel_end, int64_t m_begin,
-            int64_t m_end, float* y, int64_t y_stride) {
+            int64_t m_end, const LinearOut& out) {
     const int64_t m_tiled = m_end - (m_end - m_begin) % kTileTokens;
     if (m_tiled < m_end)
-        (Table ? table_below : affine_below)[B0 + B1](w, x, panel_begin, panel_end, m_tiled, m_end, y, y_stride);
+        (Table ? table_below : affine_below)[B0 + B1](w, x, panel_begin, panel_end, m_tiled, m_end, out);
     if (m_tiled == m_begin) return;
     const ConfiguredTiles configured;
+    const DecodeFn decode_step = decode<B0, B1, Table>;
     for (int64_t p = panel_begin; p < panel_end; ++p) {
-        const uint8_t* panel = w.panels + p * w.panel_bytes;
-        const int64_t first = p * kPanelRows, rows = w.n - first < kPanelRows ? w.n - first : kPanelRows;
         int64_t m = m_begin;
         for (; m_tiled - m >= kTiles * kTileTokens; m += kTiles * kTileTokens)
-            run_panel<kTiles, Table>(w, panel, x, m, decode<B0, B1, Table>, rows, y + m * y_stride + first, y_stride);
-        for (; m_tiled - m >= 2 * kTileTokens; m += 2 * kTileTokens)
-            run_panel<2, Table>(w, panel, x, m, decode<B0, B1, Table>, rows, y + m * y_stride + first, y_stride);
-        for (; m < m_tiled; m += kTileTokens)
-            run_panel<1, Table>(w, panel, x, m, decode<B0, B1, Table>, rows, y + m * y_stride + first, y_stride);
+            run_panel<kTiles, Table>(w, p, x, m, decode_step, out);
+        for (; m_tiled - m >= 2 * kTileTokens; m += 2 * kTileTokens) run_panel<2, Table>(w, p, x, m, decode_step, out);
+        for (; m < m_tiled; m += kTileTokens) run_panel<1, Table>(w, p, x, m, decode_step, out);
     }
 }
 
