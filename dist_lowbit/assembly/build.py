@@ -106,7 +106,7 @@ def _use_own_steps(model: nn.Module, cut: bool) -> None:
 def _localize_attention(model: nn.Module, target: Target, rank: int) -> None:
     """Tell each attention module which heads it holds; one without any gives way to IdleAttention."""
     family = target.family
-    if family is None:
+    if family is None or family.own_decoder:
         return
     for name, per_rank in target.plan.heads.items():
         heads: Heads = per_rank[rank]
@@ -141,13 +141,21 @@ def build(
     part, plus one matrix.
     """
     cut = target.plan.tp > 1 and target.family is not None
+    if cut and target.family is not None and target.family.own_decoder and not mode.optimize_llm:
+        raise PlanError(
+            f"Hugging Face's forward of {target.family.model_type} cannot run on a part of the heads; "
+            f"leave optimize_llm on, or run on one rank"
+        )
     left = frozenset() if cut else kept
     todo = [(name, split) for name, split in target.plan.splits.items() if name not in left]
     for name, split in track(todo, "loading", group.rank):
         _swap(model, name, split, weights, group, mode.dtype, mode.compute)
     _fill(model, weights, mode.dtype)
-    if target.family is not None and (mode.optimize_llm or cut):
-        _use_own_steps(model, cut)
+    if target.family is not None:
+        embedding = model.get_submodule(target.family.required[0])
+        embedding.scale = target.family.embedding_scale(model.config)  # type: ignore[assignment]
+        if mode.optimize_llm or cut:
+            _use_own_steps(model, cut and not target.family.own_decoder)
     if cut:
         _localize_attention(model, target, group.rank)
     config: Any = getattr(model, "config", None)

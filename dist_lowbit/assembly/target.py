@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ def _matrices(model: nn.Module) -> dict[str, Shape]:
             found[name] = (module.num_embeddings, module.embedding_dim)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dim() >= 2 and name.rpartition(".")[0] not in found:
-            found[name] = (int(parameter.shape[0]), int(parameter.shape[1]))
+            found[name] = (math.prod(parameter.shape[:-1]), int(parameter.shape[-1]))  # a stack as one matrix
     return found
 
 
@@ -78,7 +79,7 @@ def family_for(model: nn.Module) -> Family | None:
     config = getattr(model, "config", None)
     family = family_of(config) if config is not None else None
     # A base model without its head, or a head of another kind, has other module names than the family's.
-    if family is not None and not all(_has(model, name) for name in family.roles if "*" not in name):
+    if family is not None and not all(_has(model, name) for name in family.required):
         return None
     return family
 

@@ -18,12 +18,13 @@ from .ccl import CclGroup
 from .gloo import GlooGroup
 from .group import Group, Json
 from .meeting import Meeting, meet
+from .mpi import MpiGroup
 from .peers import from_json, myself, one_machine, to_json
 from .shm import ShmGroup
 from .single import SingleGroup
 
 BACKENDS: Mapping[str, type[BaseGroup]] = {
-    backend.name: backend for backend in (SingleGroup, ShmGroup, CclGroup, GlooGroup)
+    backend.name: backend for backend in (SingleGroup, ShmGroup, MpiGroup, CclGroup, GlooGroup)
 }
 AUTO = ("shm", "gloo")  # best first
 

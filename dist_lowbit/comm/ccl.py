@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import weakref
 from collections.abc import Sequence
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_double, c_int, c_int8, c_int32, c_uint64, c_void_p
-from time import monotonic
 from typing import Any
 
 import torch
@@ -157,28 +155,19 @@ class CclGroup(BaseGroup):
         """Connect the ranks, in a thread: oneCCL itself would wait for them without an end."""
         order = postfix(self.size)
         kernels = native()
-        made: list[int | str] = []
 
-        def create() -> None:
+        def create() -> int:
             meeting_place = place or self._library.dlb_ccl_join(address)
             program = (c_int8 * len(order))(*order)
             adder = ctypes.cast(kernels.dlb_shm_tree_sum, c_void_p) if kernels else None
             handle = meeting_place and self._library.dlb_ccl_create(
                 meeting_place, self.rank, self.size, adder, program, len(order), self._look
             )
-            made.append(handle or _reason(self._library))
+            if not handle:
+                raise CommError(f"oneCCL cannot connect rank {self.rank} to its peers ({_reason(self._library)})")
+            return int(handle)
 
-        thread = threading.Thread(target=create, name="dist_lowbit ccl", daemon=True)
-        began = monotonic()
-        self._watch.call = "the forming of the group"
-        thread.start()
-        while not made:
-            thread.join(0.01)
-            if not made:
-                self._watch.examine(0, monotonic() - began)
-        if isinstance(made[0], str):
-            raise CommError(f"oneCCL cannot connect rank {self.rank} to its peers ({made[0]})")
-        self._handle = made[0]
+        self._handle = self._watch.run("the forming of the group", create)
         self._finalizer = weakref.finalize(self, _release, self._library, self._handle, os.getpid())
 
     def _subgroup(self, rank: int, peers: Sequence[Peer], exchange: Exchange, label: str) -> BaseGroup:

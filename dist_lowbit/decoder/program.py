@@ -39,7 +39,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu")
 class Norm:
     """kind "rms": x / sqrt(mean(x^2) + eps) * weight; "layer": (x - mean) / sqrt(var + eps) * weight + bias.
 
-    weight: fp32 [size], with the 1 of a (1 + weight) norm already added; bias: fp32 [size] or None.
+    weight: fp32 [size], with the 1 of a (1 + weight) norm already added; bias: fp32 [size] or None. A norm of heads may
+    have a weight for each local head: fp32 [heads, size].
     """
 
     kind: str

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from dist_lowbit.core.errors import PlanError
 
-from .roles import ROLES, WHOLE
+from .roles import ROLES, WHOLE, Role
 from .split import Split, whole
 from .units import Range, rank_ranges
 
@@ -28,18 +28,21 @@ class Dims(Protocol):
     @property
     def head_dim(self) -> int: ...
     @property
-    def intermediate(self) -> int: ...
-    @property
     def vocab(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention heads of one rank: local counts, and the local key/value head of every local query head."""
+    """The attention heads of one rank: local counts, and the local key/value head of every local query head.
+
+    first, first_kv: the first of them among all heads.
+    """
 
     heads: int
     kv_heads: int
     kv_index: tuple[int, ...]
+    first: int = 0
+    first_kv: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,12 @@ def query_unit(block: int, head_dim: int) -> int:
     return math.lcm(block, head_dim)
 
 
-def _dimension(name: str, dims: Dims, unit: int, tp: int) -> tuple[int, list[Range]]:
-    """Return the size of a dimension in elements, and each rank's range of it."""
+def _dimension(name: str, dims: Dims, width: int, unit: int, tp: int) -> tuple[int, list[Range]]:
+    """Return the size of a dimension in elements, and each rank's range of it. width: that of "mlp"."""
     if name == "vocab":
         return dims.vocab, rank_ranges(dims.vocab, VOCAB_UNIT, tp)
     if name == "mlp":
-        return dims.intermediate, rank_ranges(dims.intermediate, unit, tp)
+        return width, rank_ranges(width, unit, tp)
     query = rank_ranges(dims.heads * dims.head_dim, unit, tp)
     if name == "q":
         return dims.heads * dims.head_dim, query
@@ -95,7 +98,7 @@ def _heads(dims: Dims, unit: int, tp: int) -> tuple[Heads, ...]:
         first, last = query[0] // dims.head_dim, query[1] // dims.head_dim
         low, high = _kv_heads(query, dims)
         index = tuple(head // group - low for head in range(first, last))
-        result.append(Heads(last - first, high - low, index))
+        result.append(Heads(last - first, high - low, index, first, low))
     return tuple(result)
 
 
@@ -103,9 +106,87 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _check_size(name: str, axis: int, shape: tuple[int, int], expected: int) -> None:
-    if shape[axis] != expected:
-        raise PlanError(f"matrix {name} has {'NK'[axis]} = {shape[axis]}; its config says {expected}")
+def _joined(ranges: list[Range]) -> tuple[Range, ...]:
+    """Return ranges in order, those that touch as one, empty ones left out; one empty range where nothing is held."""
+    result: list[Range] = []
+    for start, stop in ranges:
+        if start == stop:
+            continue
+        if result and result[-1][1] == start:
+            result[-1] = (result[-1][0], stop)
+        else:
+            result.append((start, stop))
+    return tuple(result) or ((0, 0),)
+
+
+def _by_head(dims: Dims, unit: int, tp: int) -> tuple[int, list[tuple[Range, ...]]]:
+    """Return the rows of a fused qkv that comes per key/value head, and what each rank holds of them."""
+    group, size = dims.heads // dims.kv_heads, dims.head_dim
+    stride = (group + 2) * size
+    result = []
+    for heads in _heads(dims, unit, tp):
+        held: list[Range] = []
+        for kv in range(heads.first_kv, heads.first_kv + heads.kv_heads):
+            first, last = max(heads.first, kv * group), min(heads.first + heads.heads, (kv + 1) * group)
+            base = kv * stride
+            held.append((base + (first - kv * group) * size, base + (last - kv * group) * size))
+            held.append((base + group * size, base + stride))
+        result.append(_joined(held))
+    return dims.kv_heads * stride, result
+
+
+class _Cutter:
+    """Cuts the matrices of one model; consumers: the matrix that sums over what a module's other matrices make."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        named: Mapping[str, str | None],
+        dims: Dims,
+        block_of: Callable[[str], int],
+        tp: int,
+    ) -> None:
+        self.shapes, self.named, self.dims, self.block_of, self.tp = shapes, named, dims, block_of, tp
+        self.consumers = {
+            _parent(name): name for name, role in named.items() if role in ROLES and ROLES[role].side == "in"
+        }
+
+    def unit_of(self, name: str, piece: str) -> int:
+        consumer = self.consumers.get(_parent(name))
+        if piece == "vocab":
+            return VOCAB_UNIT
+        if consumer is None:
+            raise PlanError(f"matrix {name} is cut by {piece}, but no sibling sums over {piece}")
+        block = self.block_of(consumer)
+        return query_unit(block, self.dims.head_dim) if piece in ("q", "kv") else block
+
+    def split(self, name: str) -> Split:
+        shape, cut = self.shapes[name], ROLES[str(self.named[name])]
+        axis = 0 if cut.side == "out" else 1
+        unit = self.unit_of(name, cut.pieces[0])
+        if cut.by_head:
+            size, ranges = _by_head(self.dims, unit, self.tp)
+        else:
+            size, ranges = self._ranges(name, cut)
+        if shape[axis] != size:
+            raise PlanError(f"matrix {name} has {'NK'[axis]} = {shape[axis]}; its config says {size}")
+        return Split(shape, axis, tuple(ranges), unit if axis == 1 else self.block_of(name), cut.gather)
+
+    def _ranges(self, name: str, cut: Role) -> tuple[int, list[tuple[Range, ...]]]:
+        """Return the size of the cut axis, and what each rank holds of it."""
+        consumer = self.consumers.get(_parent(name), name)
+        base, per_rank = 0, [[] for _ in range(self.tp)]  # type: tuple[int, list[list[Range]]]
+        for piece in cut.pieces:
+            unit = self.unit_of(name, piece)
+            size, ranges = _dimension(piece, self.dims, self.shapes[consumer][1], unit, self.tp)
+            for rank, (start, stop) in enumerate(ranges):
+                per_rank[rank].append((base + start, base + stop))
+            base += size
+        if not (cut.stacked and cut.side == "out"):
+            return base, [tuple(held) for held in per_rank]
+        experts = self.shapes[name][0] // base
+        stacked = [[(e * base + a, e * base + b) for e in range(experts) for a, b in held] for held in per_rank]
+        return experts * base, [_joined(held) for held in stacked]
 
 
 def make_plan(
@@ -118,44 +199,22 @@ def make_plan(
 ) -> Plan:
     """Cut every matrix of a model.
 
-    shapes: (N, K) by module name, all matrices of the model. block_of: the summation block of a module's weight.
-    Sibling matrices (the same parent module) are cut at the same places: a producer's N at its consumer's units.
-    A matrix that no rule or two rules match, or whose size is not the config's, is a PlanError. Pure; no tensor.
+    shapes: (N, K) by module name, all matrices of the model; of stacked experts (E N, K). block_of: the summation block
+    of a module's weight. Sibling matrices (the same parent module) are cut at the same places: a producer's N at its
+    consumer's units. A matrix that no rule or two rules match, or whose size is not the config's or its consumer's, is
+    a PlanError. Pure; no tensor.
     """
     named = {name: match_role(name, roles, keep) for name in shapes}
-    consumers = {_parent(name): name for name, role in named.items() if role in ROLES and ROLES[role].side == "in"}
-
-    def unit_of(name: str, piece: str) -> int:
-        consumer = consumers.get(_parent(name))
-        if piece == "vocab":
-            return VOCAB_UNIT
-        if consumer is None:
-            raise PlanError(f"matrix {name} is cut by {piece}, but no sibling sums over {piece}")
-        block = block_of(consumer)
-        return query_unit(block, dims.head_dim) if piece in ("q", "kv") else block
-
+    cutter = _Cutter(shapes, named, dims, block_of, tp)
     splits: dict[str, Split] = {}
     for name, shape in shapes.items():
-        role = named[name]
-        if role is None:
-            continue
-        if role == WHOLE:
+        if named[name] == WHOLE:
             splits[name] = whole(shape, block_of(name), tp)
-            continue
-        cut = ROLES[role]
-        axis = 0 if cut.side == "out" else 1
-        base, per_rank = 0, [[] for _ in range(tp)]  # type: tuple[int, list[list[Range]]]
-        for piece in cut.pieces:
-            size, ranges = _dimension(piece, dims, unit_of(name, piece), tp)
-            for rank, (start, stop) in enumerate(ranges):
-                per_rank[rank].append((base + start, base + stop))
-            base += size
-        _check_size(name, axis, shape, base)
-        unit = unit_of(name, cut.pieces[0]) if axis == 1 else block_of(name)
-        splits[name] = Split(shape, axis, tuple(map(tuple, per_rank)), unit, cut.gather)
+        elif named[name] is not None:
+            splits[name] = cutter.split(name)
     heads = {
-        parent: _heads(dims, unit_of(name, "q"), tp)
-        for parent, name in consumers.items()
+        parent: _heads(dims, cutter.unit_of(name, "q"), tp)
+        for parent, name in cutter.consumers.items()
         if ROLES[str(named[name])].pieces == ("q",)
     }
     return Plan(tp, splits, heads)

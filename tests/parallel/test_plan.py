@@ -69,7 +69,7 @@ def test_every_element_has_one_owner(raw: list[list[tuple[int, int]]]) -> None:
 
 def shapes_of(fused: bool, dims: ModelDims, hidden: int, layers: int = 2) -> dict[str, tuple[int, int]]:
     """Return the matrices of a small decoder, as llama has them or as phi3 fuses them."""
-    q, kv, mlp = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim, dims.intermediate
+    q, kv, mlp = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim, INTERMEDIATE[dims]
     shapes = {"model.embed_tokens": (dims.vocab, hidden), "lm_head": (dims.vocab, hidden)}
     for i in range(layers):
         base = f"model.layers.{i}"
@@ -85,12 +85,13 @@ def shapes_of(fused: bool, dims: ModelDims, hidden: int, layers: int = 2) -> dic
     return shapes
 
 
-DIMS = [
-    ModelDims(heads=8, kv_heads=4, head_dim=32, intermediate=768, vocab=2048),
-    ModelDims(heads=6, kv_heads=2, head_dim=32, intermediate=352, vocab=100),
-    ModelDims(heads=6, kv_heads=6, head_dim=64, intermediate=640, vocab=515),
-    ModelDims(heads=4, kv_heads=1, head_dim=80, intermediate=100, vocab=65),
-]
+INTERMEDIATE = {
+    ModelDims(heads=8, kv_heads=4, head_dim=32, vocab=2048): 768,
+    ModelDims(heads=6, kv_heads=2, head_dim=32, vocab=100): 352,
+    ModelDims(heads=6, kv_heads=6, head_dim=64, vocab=515): 640,
+    ModelDims(heads=4, kv_heads=1, head_dim=80, vocab=65): 100,
+}
+DIMS = list(INTERMEDIATE)
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -143,7 +144,7 @@ def _up_ranges(splits: dict, i: int, rank: int, dims: ModelDims) -> list[tuple[i
     if fused is None:
         return [splits[f"model.layers.{i}.mlp.{name}_proj"].ranges[rank][0] for name in ("gate", "up")]
     gate, up = fused.ranges[rank]
-    return [gate, (up[0] - dims.intermediate, up[1] - dims.intermediate)]
+    return [gate, (up[0] - INTERMEDIATE[dims], up[1] - INTERMEDIATE[dims])]
 
 
 def test_six_heads_over_four_ranks_leave_one_idle() -> None:
