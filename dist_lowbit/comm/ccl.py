@@ -25,6 +25,7 @@ from dist_lowbit.kernels import ccl
 from .base import BaseGroup
 from .calls import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, BYTES, CODES, described
 from .collective import AllGather, AllReduce, NativeCollective, Table
+from .interface import interface_to
 from .meeting import Exchange, Meeting
 from .notes import Notes
 from .peers import Peer
@@ -66,9 +67,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-def environment(info: RankInfo, environ: dict[str, str]) -> dict[str, str]:
+def environment(info: RankInfo, environ: dict[str, str], interface: str | None = None) -> dict[str, str]:
     """Return the variables that oneCCL needs for these ranks and that `environ` does not set.
 
+    `interface` is the network interface to use; without it oneCCL and libfabric take the first that they like.
     Progress in the calling thread instead of a worker that spins beside it: on a core of one's own that is as quick, on
     a shared one a hundred times quicker.
     """
@@ -78,6 +80,7 @@ def environment(info: RankInfo, environ: dict[str, str]) -> dict[str, str]:
         wanted |= {"CCL_ATL_TRANSPORT": "ofi", "CCL_PROCESS_LAUNCHER": "none", "FI_PROVIDER": "tcp"}
         local_size = info.local_size or info.world_size
         wanted |= {"CCL_LOCAL_RANK": str(info.local_rank), "CCL_LOCAL_SIZE": str(local_size)}
+        wanted |= {"CCL_KVS_IFACE": interface, "FI_TCP_IFACE": interface} if interface else {}
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
@@ -123,7 +126,7 @@ class CclGroup(BaseGroup):
 
     @classmethod
     def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> CclGroup:
-        os.environ.update(environment(meeting.info, dict(os.environ)))
+        os.environ.update(environment(meeting.info, dict(os.environ), interface_to(meeting.info)))
         notes = Notes(PrefixStore("ccl", meeting.store), meeting.info.rank, len(peers), meeting.hosted_by_rank_0)
         return cls._form(meeting.info.rank, peers, meeting.exchange, timeout, notes)
 
@@ -164,7 +167,7 @@ class CclGroup(BaseGroup):
                 meeting_place, self.rank, self.size, adder, program, len(order), self._look
             )
             if not handle:
-                raise CommError(f"oneCCL cannot connect rank {self.rank} to its peers ({_reason(self._library)})")
+                raise CommError(f"oneCCL cannot connect {self._me} to its peers ({_reason(self._library)})")
             return int(handle)
 
         self._handle = self._watch.run("the forming of the group", create)
@@ -216,13 +219,11 @@ class CclGroup(BaseGroup):
         if status == MISMATCH:
             theirs = described(fault.op, fault.dtype, fault.count, fault.source)
             raise CommError(
-                f"{self.peers[fault.rank]} called {theirs} where rank {self.rank} called {self._watch.call}; "
+                f"{self.peers[fault.rank]} called {theirs} where {self._me} called {self._watch.call}; "
                 "all ranks must make the same calls",
                 fault.rank,
             )
-        raise CommError(
-            f"oneCCL on rank {self.rank} failed in {self._watch.call} ({_reason(self._library)})", self.rank
-        )
+        raise CommError(f"oneCCL on {self._me} failed in {self._watch.call} ({_reason(self._library)})", self.rank)
 
     def native_collective(self) -> NativeCollective:
         all_reduce = ctypes.cast(self._library.dlb_ccl_collective_all_reduce, AllReduce)

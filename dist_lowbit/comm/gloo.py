@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -21,6 +20,7 @@ from dist_lowbit.core.rank import RankInfo
 
 from .base import BaseGroup
 from .calls import ALL_REDUCE, CODES
+from .interface import own_address
 from .meeting import Exchange, Meeting
 from .messages import Call, MessageGroup, Tensors, Works
 from .peers import Peer, has_ended, is_stopped, open_pidfd
@@ -55,7 +55,7 @@ class GlooGroup(MessageGroup):
     def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> GlooGroup:
         meeting.exchange(None)  # gloo would wait a long time for a rank that has died since, and not name it
         store = PrefixStore("gloo", meeting.store)
-        return cls(meeting.info.rank, peers, timeout, store, _own_address(meeting.info))
+        return cls(meeting.info.rank, peers, timeout, store, own_address(meeting.info))
 
     def _subgroup(self, rank: int, peers: Sequence[Peer], exchange: Exchange, label: str) -> BaseGroup:
         self._splits += 1
@@ -113,7 +113,7 @@ class GlooGroup(MessageGroup):
             ended = [other for other, descriptor in self._pidfds.items() if has_ended(descriptor)]
             if ended:
                 peer = peer if rank in ended else self.peers[ended[0]]
-                return CommError(f"{peer} has died; rank {self.rank} waited for it in {call}", peer.rank)
+                return CommError(f"{peer} has died; {self._me} waited for it in {call}", peer.rank)
             note = None if silent else self._note_of(rank)
             if note is not None:
                 return CommError(f"{peer} has left the group: {note['message']}", note["rank"])
@@ -124,12 +124,12 @@ class GlooGroup(MessageGroup):
             near = peer.machine == self.peers[self.rank].machine
             stopped = " (it is stopped)" if near and is_stopped(peer) else ""
             return CommError(
-                f"{peer} was silent for {call.timeout:g} s{stopped}; rank {self.rank} waited for it in {call} "
+                f"{peer} was silent for {call.timeout:g} s{stopped}; {self._me} waited for it in {call} "
                 "(DIST_LOWBIT_TIMEOUT sets the time)",
                 rank,
             )
         return CommError(
-            f"{peer} has closed its group or cannot be reached; rank {self.rank} waited for it in {call} "
+            f"{peer} has closed its group or cannot be reached; {self._me} waited for it in {call} "
             f"({_first_line(error)})",
             rank,
         )
@@ -176,12 +176,6 @@ def _release(descriptors: list[int], owner: int) -> None:
     if os.getpid() == owner:
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-def _own_address(info: RankInfo) -> str:
-    """Return this host's address on the way to rank 0: the interface that the peers can reach too."""
-    with socket.create_connection((info.master_addr, info.master_port), timeout=5.0) as probe:
-        return str(probe.getsockname()[0])
 
 
 def _first_line(error: Exception) -> str:

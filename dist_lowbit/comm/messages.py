@@ -121,7 +121,7 @@ class MessageGroup(BaseGroup):
             theirs = heard[rank].tolist()
             if tuple(theirs) != expected[rank]:
                 raise CommError(
-                    f"{self.peers[rank]} called {described(*theirs[1:])} where rank {self.rank} called {call}; "
+                    f"{self.peers[rank]} called {described(*theirs[1:])} where {self._me} called {call}; "
                     "all ranks must make the same calls",
                     rank,
                 )

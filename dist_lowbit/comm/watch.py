@@ -106,7 +106,7 @@ class Watch:
 
     def _gone(self, ranks: list[int]) -> list[tuple[int, CommError]]:
         """Return those of the ranks that will send no more, though what they sent may still arrive."""
-        waits = f"rank {self._rank} waited for it in {self.call}"
+        waits = f"rank {self._peers[self._rank].number} waited for it in {self.call}"
         gone: dict[int, str] = {}
         if self.notes.lost and 0 in ranks and self.notes.hosted:
             gone[0] = "has closed its group or cannot be reached"
@@ -121,8 +121,9 @@ class Watch:
         stopped = [peer for peer in peers if peer.machine == machine and is_stopped(peer)]
         behind = [peer for peer in peers if self.notes.reached.get(peer.rank, -1) < number]
         peer = [*stopped, *behind, *peers][0]
+        note = " (it is stopped)" if stopped else ""
         return CommError(
-            f"{peer} was silent for {self.limit:g} s{' (it is stopped)' if stopped else ''}; rank {self._rank} waited "
-            f"for it in {self.call} (DIST_LOWBIT_TIMEOUT sets the time)",
+            f"{peer} was silent for {self.limit:g} s{note}; rank {self._peers[self._rank].number} waited for it in "
+            f"{self.call} (DIST_LOWBIT_TIMEOUT sets the time)",
             peer.rank,
         )

@@ -12,7 +12,7 @@ from tests.comm.conftest import PAIR, require, require_mpirun
 from tests.comm.harness import Farm, Outcome, run_under_mpirun
 
 SIZES = (2, 3, 4)
-SHARED = [name for name in BACKENDS if name not in ("single", "mpi")]
+SHARED = [name for name in BACKENDS if name not in ("single", "mpi", "hierarchical")]  # these have runs of their own
 
 
 @pytest.fixture(scope="module")
