@@ -41,8 +41,6 @@ struct AffineTile {
     static constexpr bool kSigned = (Kind == kTable8 || B0 == 8) && V::kSignedBytes;
     using Dot = typename V::template Dot<Kind == kTable8 ? 8 : Kind == kTable5 ? 5 : B0 + B1, Tokens>;
     static constexpr int kHalves = V::kHalves;
-    // Few tokens: both halves of a line at once, so that memory is read in order. Many: registers are dearer.
-    static constexpr int kTogether = Tokens <= 2 ? kHalves : 1;
 
     const LinearView& w;
     const uint8_t* panel;
@@ -52,10 +50,17 @@ struct AffineTile {
     const int32_t* x_sum[Tokens];
     const int32_t* x_start[Tokens];
     const bool stream;  // the first pass over these weights, which come from memory
+    const int64_t all_chunks, all_blocks, blocks_ahead;
     F value[kSegments][kHalves][Tokens];
 
     DLB_INLINE AffineTile(const LinearView& view, const uint8_t* panel_, const ActView& x, int64_t m, bool first)
-        : w(view), panel(panel_), table(table_of(view)), stream(first) {
+        : w(view),
+          panel(panel_),
+          table(table_of(view)),
+          stream(first),
+          all_chunks((view.k + kChunk - 1) / kChunk),
+          all_blocks(x.blocks),
+          blocks_ahead(kAhead * kChunk / view.block + 1) {
         for (int t = 0; t < Tokens; ++t) {
             q[t] = x.q + (m + t) * x.q_stride;
             x_scale[t] = x.scale + (m + t) * x.blocks;
@@ -70,12 +75,12 @@ struct AffineTile {
         return entries;
     }
 
-    using Dots = Dot[kTogether][Tokens];
-    using Codes = I[kTogether];
+    using Dots = Dot[kHalves][Tokens];
+    using Codes = I[kHalves];
 
     template <int Q, int H>
     DLB_INLINE void load_codes(const uint8_t* low, const uint8_t* high, Codes& codes) const {
-        if constexpr (H < kTogether) {
+        if constexpr (H < kHalves) {
             constexpr int kAt = H * V::kLanes * 4;
             codes[H] = code_quad<V, B0, B1, Q>(low + kAt, high + kAt);
             if constexpr (kTable)
@@ -88,7 +93,7 @@ struct AffineTile {
 
     template <int Q, int H, int T>
     static DLB_INLINE void step_halves(const Codes& codes, I x, Dots& dots) {
-        if constexpr (H < kTogether) {
+        if constexpr (H < kHalves) {
             dots[H][T].template step<Q>(codes[H], x);
             step_halves<Q, H + 1, T>(codes, x, dots);
         }
@@ -114,7 +119,7 @@ struct AffineTile {
 
     template <int H, int T>
     DLB_INLINE void begin(int64_t block, Dots& dots) const {
-        if constexpr (H < kTogether) {
+        if constexpr (H < kHalves) {
             dots[H][T].begin(V::set1_32(x_start[T][block]));
             begin<T + 1 < Tokens ? H : H + 1, T + 1 < Tokens ? T + 1 : 0>(block, dots);
         }
@@ -154,39 +159,55 @@ struct AffineTile {
         }
     }
 
-    template <int Half, int H>
+    template <int H>
     DLB_INLINE void add_halves(int64_t block, const Dots& dots, F (&acc)[kHalves][Tokens]) const {
-        if constexpr (H < kTogether) {
-            const int64_t index = block * w.scale_step * kPanelRows + (Half + H) * V::kLanes;
+        if constexpr (H < kHalves) {
+            const int64_t index = block * w.scale_step * kPanelRows + H * V::kLanes;
             if (w.offset == DLB_OFFSET_ZERO_POINT)
-                add_zero_points<H>(block, index, dots, load_scale(panel, index), acc[Half + H]);
+                add_zero_points<H>(block, index, dots, load_scale(panel, index), acc[H]);
             else
-                add_tokens<H, 0>(block, dots, load_scale(panel, index), acc[Half + H]);
-            if (w.offset == DLB_OFFSET_MIN) add_mins(block, index, acc[Half + H]);
-            add_halves<Half, H + 1>(block, dots, acc);
+                add_tokens<H, 0>(block, dots, load_scale(panel, index), acc[H]);
+            if (w.offset == DLB_OFFSET_MIN) add_mins(block, index, acc[H]);
+            add_halves<H + 1>(block, dots, acc);
         }
     }
 
-    // acc += one block of `chunks` chunks from `first` on, for all halves.
-    template <int Half>
+    // Ask for what comes `kAhead` chunks later, in this panel or the next: each plane is a stream of its own.
+    static constexpr int64_t kAhead = V::kPrefetch / ((B0 + B1) * kLineBytes);
+
+    DLB_INLINE void ask_ahead(int64_t chunk, const uint8_t* low, const uint8_t* high) const {
+        const bool last = chunk + kAhead >= all_chunks;
+        const uint8_t* low_ahead = low + kAhead * B0 * kLineBytes;
+        const uint8_t* high_ahead = high + kAhead * B1 * kLineBytes;
+        if (last) low_ahead += w.panel_bytes - all_chunks * B0 * kLineBytes;
+        if (last) high_ahead += w.panel_bytes - all_chunks * B1 * kLineBytes;
+        for (int l = 0; l < B0; ++l) __builtin_prefetch(low_ahead + l * kLineBytes);
+        for (int l = 0; l < B1; ++l) __builtin_prefetch(high_ahead + l * kLineBytes);
+    }
+
+    // The same for the scales and offsets of a block, a line or less each.
+    DLB_INLINE void ask_ahead_of_groups(int64_t block) const {
+        const int64_t ahead = block + blocks_ahead, bytes = w.scale_type == DLB_SCALE_FP16 ? 32 : 64;
+        const uint8_t* base =
+            ahead < all_blocks ? panel + ahead * bytes : panel + w.panel_bytes + (ahead - all_blocks) * bytes;
+        __builtin_prefetch(base);
+        if (w.offset == DLB_OFFSET_MIN) __builtin_prefetch(base + w.offset_offset);
+    }
+
+    // acc += one block of `chunks` chunks from `first` on.
     DLB_INLINE void add_block(int64_t block, int64_t first, int64_t chunks, F (&acc)[kHalves][Tokens]) const {
-        if constexpr (Half < kHalves) {
-            const uint8_t* low = panel + w.plane_offset[0] + first * B0 * kLineBytes + Half * V::kLanes * 4;
-            const uint8_t* high = panel + w.plane_offset[1] + first * B1 * kLineBytes + Half * V::kLanes * 4;
-            Dots dots;
-            begin<0, 0>(block, dots);
-            for (int64_t c = 0; c < chunks; ++c) {
-                if (stream) {
-                    for (int l = 0; l < B0; ++l) __builtin_prefetch(low + l * kLineBytes + V::kPrefetch);
-                    for (int l = 0; l < B1; ++l) __builtin_prefetch(high + l * kLineBytes + V::kPrefetch);
-                }
-                step_quads<0>(low, high, (first + c) * kChunk, dots);
-                low += B0 * kLineBytes;
-                high += B1 * kLineBytes;
-            }
-            add_halves<Half, 0>(block, dots, acc);
-            add_block<Half + kTogether>(block, first, chunks, acc);
+        const uint8_t* low = panel + w.plane_offset[0] + first * B0 * kLineBytes;
+        const uint8_t* high = panel + w.plane_offset[1] + first * B1 * kLineBytes;
+        if (stream && w.scale_step != 0) ask_ahead_of_groups(block);
+        Dots dots;
+        begin<0, 0>(block, dots);
+        for (int64_t c = 0; c < chunks; ++c) {
+            if (stream) ask_ahead(first + c, low, high);
+            step_quads<0>(low, high, (first + c) * kChunk, dots);
+            low += B0 * kLineBytes;
+            high += B1 * kLineBytes;
         }
+        add_halves<0>(block, dots, acc);
     }
 
     void run_segment(int s, int64_t blocks) {
@@ -196,7 +217,7 @@ struct AffineTile {
         for (int64_t b = w.cuts[s]; b < w.cuts[s + 1]; ++b) {
             const int64_t first = b * w.block / kChunk;
             const int64_t chunks = b + 1 == blocks ? w.last_chunks : w.block / kChunk;
-            add_block<0>(b, first, chunks, acc);
+            add_block(b, first, chunks, acc);
         }
         for (int h = 0; h < kHalves; ++h)
             for (int t = 0; t < Tokens; ++t) value[s][h][t] = acc[h][t];

@@ -20,6 +20,9 @@ struct Avx2 : Base256 {
     // one pair is at most 2 * 128 * 127 = 32512.
     template <int Bits, int Tokens>
     struct Dot {
+        // Keep the compiler from adding in a tree, whose leaves would not fit the registers.
+        static inline void in_order(I& sum) { __asm__("" : "+x"(sum)); }
+
         static constexpr int kPairs = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
         I narrow, wide;
 
@@ -29,8 +32,11 @@ struct Avx2 : Base256 {
             const I pairs = Bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
                                       : _mm256_maddubs_epi16(w, x);
             narrow = Q % kPairs == 0 ? pairs : _mm256_add_epi16(narrow, pairs);
-            if constexpr (Q % kPairs == kPairs - 1)
+            in_order(narrow);
+            if constexpr (Q % kPairs == kPairs - 1) {
                 wide = _mm256_add_epi32(wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+                in_order(wide);
+            }
         }
         inline I sum() const { return wide; }
     };

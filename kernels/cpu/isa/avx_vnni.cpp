@@ -18,7 +18,7 @@ struct AvxVnni : Base256 {
     template <int Bits, int Tokens>
     struct Dot {
         // Two chains where few tokens leave the adder's latency bare.
-        static constexpr int kChains = Tokens <= 4 ? 2 : 1;
+        static constexpr int kChains = Tokens <= 2 ? 2 : 1;
         I part[kChains];
 
         inline void begin(I start) {
