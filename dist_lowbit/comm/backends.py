@@ -17,15 +17,18 @@ from .base import BaseGroup
 from .ccl import CclGroup
 from .gloo import GlooGroup
 from .group import Group, Json
+from .hierarchical import HierarchicalGroup, layout
 from .meeting import Meeting, meet
-from .peers import from_json, myself, one_machine, to_json
+from .mpi import MpiGroup
+from .peers import Peer, from_json, myself, one_machine, to_json
 from .shm import ShmGroup
 from .single import SingleGroup
 
 BACKENDS: Mapping[str, type[BaseGroup]] = {
-    backend.name: backend for backend in (SingleGroup, ShmGroup, CclGroup, GlooGroup)
+    backend.name: backend for backend in (SingleGroup, ShmGroup, HierarchicalGroup, CclGroup, MpiGroup, GlooGroup)
 }
-AUTO = ("shm", "gloo")  # best first
+AUTO = ("shm", "hierarchical", "ccl", "mpi", "gloo")  # best first
+AUTO_NEAR = ("shm", "gloo")  # on one machine
 
 
 def why_not(info: RankInfo) -> dict[str, str | None]:
@@ -33,14 +36,16 @@ def why_not(info: RankInfo) -> dict[str, str | None]:
     return {name: backend.why_not(info) for name, backend in BACKENDS.items()}
 
 
-def _refusal(name: str, facts: list[Json], near: bool) -> str | None:
+def _refusal(name: str, facts: list[Json], peers: list[Peer]) -> str | None:
     """Return why one of the ranks refuses the backend, or None if all take it."""
     for rank, fact in enumerate(facts):
         reason = fact["why_not"][name]
         if reason is not None:
             return f"{name} on rank {rank}: {reason}"
-    if name == "shm" and not near:
+    if name == "shm" and not one_machine(peers):
         return "shm: the ranks are on several machines or in several containers"
+    if name == "hierarchical" and isinstance(reason := layout(peers), str):
+        return f"hierarchical: {reason}"
     return None
 
 
@@ -53,16 +58,17 @@ def _check_worlds(facts: list[Json], info: RankInfo) -> None:
             )
 
 
-def _choose(facts: list[Json], near: bool, rank: int) -> str:
+def _choose(facts: list[Json], peers: list[Peer], rank: int) -> str:
     """Return the backend's name: the same on every rank, since all decide from the same facts."""
     asked = [fact["backend"] for fact in facts]
     if len(set(asked)) > 1:
         wishes = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(asked))
         raise UsageError(f"the ranks ask for different backends ({wishes}); set DIST_LOWBIT_BACKEND alike on all")
-    names = AUTO if asked[0] == "auto" else (asked[0],)
+    near = one_machine(peers)
+    names = (asked[0],) if asked[0] != "auto" else AUTO_NEAR if near else AUTO
     refusals: list[str] = []
     for name in names:
-        reason = _refusal(name, facts, near)
+        reason = _refusal(name, facts, peers)
         if reason is None:
             if refusals and rank == 0:
                 # On one machine this costs much speed, so it is said aloud; across machines it is the ordinary case.
@@ -80,7 +86,7 @@ def _form(meeting: Meeting, facts: list[Json], timeout: float) -> Group:
     with meeting.watching(peers):
         try:
             _check_worlds(facts, info)
-            chosen = BACKENDS[_choose(facts, one_machine(peers), info.rank)]
+            chosen = BACKENDS[_choose(facts, peers, info.rank)]
             group = chosen.connect(meeting, peers, timeout)
             meeting.part()
         except BaseException:
@@ -104,7 +110,8 @@ def init_group(
 
     All ranks call it together, with the same `backend` and `prefix`. `rank_info` is this rank's place, by default
     what the launcher set; for a subgroup pass another rank and world_size and a prefix of its own, or split a group.
-    `backend` is a name of BACKENDS or auto: DIST_LOWBIT_BACKEND if set, else shm on one machine and gloo across.
+    `backend` is a name of BACKENDS or auto: DIST_LOWBIT_BACKEND if set, else shm on one machine and across machines
+    the best of hierarchical, ccl, mpi and gloo that all ranks have.
     A world of one is `single` whatever the name. `timeout` (seconds, default DIST_LOWBIT_TIMEOUT) bounds the wait for
     the ranks here and is the group's default. `store` is a torch.distributed store to meet at, instead of the one at
     MASTER_ADDR:MASTER_PORT. Neither needs nor touches torch.distributed's default group; where that one meets at the

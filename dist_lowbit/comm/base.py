@@ -37,6 +37,7 @@ class BaseGroup(ABC):
         self.size = len(peers)
         self.peers = tuple(peers)
         self.timeout = timeout
+        self._me = f"rank {self.peers[rank].number}"  # in sentences
         self._lost: str | None = None
         self._culprit: int | None = None
         self._store: Any = None
@@ -175,7 +176,7 @@ class BaseGroup(ABC):
 
     def _run(self, primitive: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         if self._lost is not None:
-            raise CommError(f"the group of rank {self.rank} is lost: {self._lost}", self._culprit)
+            raise CommError(f"the group of {self._me} is lost: {self._lost}", self._culprit)
         try:
             primitive(*args, **kwargs)
         except CommError as error:
@@ -186,6 +187,12 @@ class BaseGroup(ABC):
             self._lost, self._culprit = f"a call was interrupted by {type(error).__name__}", self.rank
             self._leave()
             raise
+
+    def abandon(self, message: str) -> None:
+        """Give the group up for a reason that came from elsewhere, so that nobody waits for this rank."""
+        if self._lost is None:
+            self._lost, self._culprit = message, None
+            self._leave()
 
     def hold(self, store: object) -> None:
         """Keep the store of the meeting until the group is closed.

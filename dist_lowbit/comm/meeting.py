@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
@@ -45,6 +46,12 @@ class Meeting:
         self.timeout = timeout
         self._round = 0
         self._pidfds: dict[int, int] = {}
+
+    def apart(self, label: str, rank: int, size: int, near: bool) -> Meeting:
+        """Return a meeting of some of the ranks, as its `rank`; `near`: they are all on one machine."""
+        local_rank, local_size = (rank, size) if near else (0, 1)
+        info = replace(self.info, rank=rank, world_size=size, local_rank=local_rank, local_size=local_size)
+        return Meeting(PrefixStore(label, self.store), info, self.timeout)
 
     def exchange(self, value: Json) -> list[Json]:
         """Return every rank's value; a rank that does not come within the timeout is a CommError naming it."""

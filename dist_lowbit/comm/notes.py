@@ -49,6 +49,11 @@ class Notes:
         """Tell that this rank waits in its call `number`."""
         self._post(f"at/{self._rank}", number)
 
+    @property
+    def asking(self) -> bool:
+        """Whether an answer to `refresh` is still to come."""
+        return self._asking.is_set()
+
     def refresh(self) -> None:
         """Ask for news in the background; `left`, `reached` and `lost` change when they are there."""
         if not self._asking.is_set() and not self.lost:

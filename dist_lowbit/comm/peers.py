@@ -24,9 +24,15 @@ class Peer:
     machine: str  # the same for processes that see one another's pids
     pid: int
     started: int  # clock ticks since boot, against reused pids
+    known_as: int = -1  # its rank in the group that this one is a part of
+
+    @property
+    def number(self) -> int:
+        """The rank that sentences name."""
+        return self.rank if self.known_as < 0 else self.known_as
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+        return f"rank {self.number} (pid {self.pid} on {self.host})"
 
 
 def myself(rank: int) -> Peer:

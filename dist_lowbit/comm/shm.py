@@ -200,20 +200,21 @@ class ShmGroup(BaseGroup):
 
     def _sentence(self, fault: Fault, call: str, timeout: float) -> str:
         peer = self.peers[fault.rank]
-        seen = "" if fault.reporter == self.rank else f", as rank {fault.reporter} has noticed"
+        seen = "" if fault.reporter == self.rank else f", as rank {self.peers[fault.reporter].number} has noticed"
         if fault.kind == MISMATCH and fault.reporter == self.rank:
             theirs = f"{OPERATIONS[fault.op]} of {fault.count} {ELEMENTS[fault.dtype]}"
             theirs += f" from rank {fault.source}" if OPERATIONS[fault.op] == "broadcast" else ""
-            return f"{peer} called {theirs} where rank {self.rank} called {call}; all ranks must make the same calls"
+            return f"{peer} called {theirs} where {self._me} called {call}; all ranks must make the same calls"
         if fault.rank == self.rank:
-            return f"rank {fault.reporter} gave up on this rank {self.rank} and left the group before its {call}"
+            reporter = self.peers[fault.reporter].number
+            return f"rank {reporter} gave up on this {self._me} and left the group before its {call}"
         sentences = {
-            DEAD: f"{peer} has died{seen}; rank {self.rank} waited for it in {call}",
+            DEAD: f"{peer} has died{seen}; {self._me} waited for it in {call}",
             SILENT: f"{peer} was silent for {timeout:g} s{' (it is stopped)' if is_stopped(peer) else ''}{seen}; "
-            f"rank {self.rank} waited for it in {call} (DIST_LOWBIT_TIMEOUT sets the time)",
-            MISMATCH: f"{peer} made another call than its peers{seen}; rank {self.rank} was in {call}",
-            CLOSED: f"{peer} has closed its group{seen}; rank {self.rank} waited for it in {call}",
-            LEFT: f"{peer} was interrupted and left the group{seen}; rank {self.rank} waited for it in {call}",
+            f"{self._me} waited for it in {call} (DIST_LOWBIT_TIMEOUT sets the time)",
+            MISMATCH: f"{peer} made another call than its peers{seen}; {self._me} was in {call}",
+            CLOSED: f"{peer} has closed its group{seen}; {self._me} waited for it in {call}",
+            LEFT: f"{peer} was interrupted and left the group{seen}; {self._me} waited for it in {call}",
         }
         return sentences[fault.kind]
 

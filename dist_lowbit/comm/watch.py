@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import TypeVar
 
 from dist_lowbit.core.errors import CommError
 
 from .notes import Notes
 from .peers import Peer, has_ended, is_stopped, open_pidfd
+
+T = TypeVar("T")
 
 GRACE = 0.3  # seconds that a message of one who has gone may still be on its way
 TELL = 0.5  # seconds of waiting, after which a rank tells the others in which call it waits
@@ -41,6 +45,29 @@ class Watch:
         self._told = 0
         self._kept: BaseException | None = None
         self.close = weakref.finalize(self, _release, list(self._pidfds.values()), os.getpid())
+
+    def run(self, call: str, function: Callable[[], T]) -> T:
+        """Return what `function` returns, which waits for the peers without an end: a thread runs it."""
+        done: list[T] = []
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                done.append(function())
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work, name="dist_lowbit waits", daemon=True)
+        began = monotonic()
+        self.call = call
+        thread.start()
+        while not done and not failed:
+            thread.join(0.01)
+            if thread.is_alive():
+                self.examine(0, monotonic() - began)
+        if failed:
+            raise failed[0]
+        return done[0]
 
     def look(self, number: int, waited: float) -> int:
         """Examine on behalf of compiled code, which no exception may pass; return 1 if the wait must end."""
@@ -79,7 +106,7 @@ class Watch:
 
     def _gone(self, ranks: list[int]) -> list[tuple[int, CommError]]:
         """Return those of the ranks that will send no more, though what they sent may still arrive."""
-        waits = f"rank {self._rank} waited for it in {self.call}"
+        waits = f"rank {self._peers[self._rank].number} waited for it in {self.call}"
         gone: dict[int, str] = {}
         if self.notes.lost and 0 in ranks and self.notes.hosted:
             gone[0] = "has closed its group or cannot be reached"
@@ -94,8 +121,9 @@ class Watch:
         stopped = [peer for peer in peers if peer.machine == machine and is_stopped(peer)]
         behind = [peer for peer in peers if self.notes.reached.get(peer.rank, -1) < number]
         peer = [*stopped, *behind, *peers][0]
+        note = " (it is stopped)" if stopped else ""
         return CommError(
-            f"{peer} was silent for {self.limit:g} s{' (it is stopped)' if stopped else ''}; rank {self._rank} waited "
-            f"for it in {self.call} (DIST_LOWBIT_TIMEOUT sets the time)",
+            f"{peer} was silent for {self.limit:g} s{note}; rank {self._peers[self._rank].number} waited for it in "
+            f"{self.call} (DIST_LOWBIT_TIMEOUT sets the time)",
             peer.rank,
         )

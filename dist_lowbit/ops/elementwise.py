@@ -1,143 +1,144 @@
-"""The one exponential, and the elementwise steps of a decoder layer, in an order of operations fixed to the bit.
+"""The elementwise steps of a decoder layer as operators: compiled where there is a library, else their definition.
 
-The torch code is the definition: products, sums, quotients and square roots of fp32, each rounded to the nearest, never
-contracted. kernels/cpu does the same operations and gives the same bits on every ISA and any number of
-threads.
+arithmetic.py has the definitions. Each operator computes in fp32 and rounds once to the dtype of its input.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 
-from dist_lowbit.core.errors import UsageError
+from dist_lowbit.core.errors import KernelError, UsageError
 
-from .library import library as compiled_library
+from . import arithmetic
+from .arithmetic import ACTIVATIONS, EXP_ERROR, LANES, exp_poly, lane_sum, lane_tree, tanh_poly
+from .library import CRowsIn, CRowsOut, library
 
-# exp(x) = 2^n exp(r), n = rne(x log2 e), r = x - n ln 2 with ln 2 in two parts (Cody and Waite; the high part has 9
-# significant bits, so n * LN2_HI is exact), exp(r) = 1 + r + r^2 P(r). P: minimax of the relative error on |r| <=
-# ln(2)/2, 3.1e-9, by Remez' algorithm. The same numbers stand in kernels/cpu/exp_poly.h; tests/ops compares the two bit
-# for bit.
-EXP_LOWEST = -87.0
-EXP_LOG2E = float.fromhex("0x1.715476p+0")
-EXP_LN2_HI = float.fromhex("0x1.63p-1")
-EXP_LN2_LO = float.fromhex("-0x1.bd0106p-13")
-EXP_P = tuple(
-    float.fromhex(c) for c in ("0x1.6a2434p-10", "0x1.1239e2p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2")
-)
-EXP_MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to the nearest even integer
+__all__ = [
+    "ACTIVATIONS", "EXP_ERROR", "LANES", "activation", "exp_poly", "forbid_gradient", "gated", "lane_sum", "lane_tree",
+    "layer_norm", "rms_norm", "route", "sigmoid_add", "silu_mul", "tanh_poly",
+]  # fmt: skip
 
-LANES = 16  # partial sums of every reduction along a row; element i belongs to lane i mod 16
-
-# |exp_poly(x) / exp(x) - 1| for -87 <= x <= 0, in u = 2^-24. Rounding of 1 + y: at most 1 (result at least 1) or 0.71
-# (below); of r + r^2 P: 1/4; of r itself (the last subtraction): 1/4; the products before them and P's own error: under
-# 0.1 together.
-EXP_ERROR = 2.0 * 2.0**-24  # the worst over every third float in the range is 1.39 u
+KIND_AS_IS, KIND_RMS_NORM, KIND_LAYER_NORM, KIND_ACTIVATION, KIND_GATED = range(5)  # enum dlb_rows_kind
+_ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
-def exp_poly(x: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 exponential of x <= 88, the same bits everywhere; 0 below -87.
-
-    Relative error at most EXP_ERROR. exp_poly(0) is exactly 1; NaN gives NaN.
-    """
-    t = x * EXP_LOG2E + EXP_MAGIC
-    n = t - EXP_MAGIC
-    r = x - n * EXP_LN2_HI
-    r = r - n * EXP_LN2_LO
-    y = torch.full_like(r, EXP_P[0])
-    for c in EXP_P[1:]:
-        y = y * r + c
-    y = y * r
-    y = y * r + r
-    y = y + 1.0
-    # int32 of a NaN or of an infinity is any number; the first stays NaN, the second is below EXP_LOWEST.
-    power = ((torch.nan_to_num(n, 0.0, 0.0, 0.0).clamp(-126, 127).to(torch.int32) + 127) << 23).view(torch.float32)
-    return torch.where(x < EXP_LOWEST, torch.zeros_like(x), y * power)
-
-
-def tanh_poly(x: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 tanh made of exp_poly: sign(x) (1 - t) / (1 + t), t = exp_poly(-2 |x|).
-
-    Absolute error at most 4 * 2^-24: t errs by 2 u relative, so by 2 u at most; d tanh / dt = 2 / (1 + t)^2 is at most
-    2, but t (2 u) times it at most u; the three roundings add at most 1/2 + 1 + 1 u.
-    """
-    t = exp_poly(-2.0 * x.abs())
-    return torch.copysign((1.0 - t) / (1.0 + t), x)
-
-
-def lane_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum the last axis in 16 lanes (element i to lane i mod 16, in sequence), then the lanes by `lane_tree`."""
-    pad = -x.shape[-1] % LANES
-    parts = torch.nn.functional.pad(x, (0, pad))
-    parts = parts.reshape(*x.shape[:-1], parts.shape[-1] // LANES, LANES)
-    lane = torch.zeros_like(parts[..., 0, :])
-    for t in range(parts.shape[-2]):
-        lane = lane + parts[..., t, :]
-    return lane_tree(lane)
-
-
-def lane_tree(lane: torch.Tensor) -> torch.Tensor:
-    """Add 16 lanes (the last axis): lane l with l + 8, then + 4, + 2, + 1."""
-    half = LANES // 2
-    while half:
-        lane = lane[..., :half] + lane[..., half : 2 * half]
-        half //= 2
-    return lane[..., 0]
-
-
-def _silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    x = gate.float()
-    t = exp_poly(-x.abs())
-    sigmoid = torch.where(x < 0, t, torch.ones_like(t)) / (1.0 + t)
-    return ((x * sigmoid) * up.float()).to(gate.dtype)
-
-
-def _rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    mean = lane_sum(wide * wide) / float(x.shape[-1])
-    # torch's fp32 square root is not correctly rounded (17% of its results are not, torch 2.13 on AVX2). The fp64 one,
-    # rounded to fp32, is: a root of 24 bits keeps 2^-51 away from a midpoint of fp32, far more than fp64 errs.
-    factor = 1.0 / torch.sqrt((mean + eps).double()).float()
-    return ((wide * factor.unsqueeze(-1)) * weight.float()).to(x.dtype)
-
-
-def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def activation_number(kind: str) -> int:
+    """Return the number that the library knows an activation by; UsageError for an unknown name."""
+    if kind not in _ACTIVATION:
+        raise UsageError(f"there is no activation {kind!r}; expected one of {', '.join(_ACTIVATION)}")
+    return _ACTIVATION[kind]
 
 
 def _library(x: torch.Tensor) -> ctypes.CDLL | None:
-    return compiled_library() if x.device.type == "cpu" else None
+    return library() if x.device.type == "cpu" else None
 
 
-def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    if gate.shape != up.shape:
-        raise UsageError(f"silu_mul got shapes {tuple(gate.shape)} and {tuple(up.shape)}; give two of one shape")
-    library = _library(gate)
-    if library is None:
-        return _silu_mul_reference(gate, up)
-    a, b = gate.float().contiguous(), up.float().contiguous()
-    out = torch.empty_like(a)
-    library.dlb_silu_mul(_address(a), _address(b), _address(out), ctypes.c_int64(a.numel()))
-    return out.to(gate.dtype)
+def _wide(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.float().contiguous()
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    if weight.shape != x.shape[-1:]:
-        raise UsageError(
-            f"rms_norm got a weight of shape {tuple(weight.shape)}; expected ({x.shape[-1]},) as x's last axis"
-        )
-    library = _library(x)
-    if library is None:
-        return _rms_norm_reference(x, weight, eps)
-    wide, w = x.float().contiguous(), weight.float().contiguous()
-    out = torch.empty_like(wide)
-    k = wide.shape[-1]
-    rows = wide.numel() // k if k else 0
-    library.dlb_rms_norm(
-        _address(wide), _address(w), ctypes.c_float(eps), _address(out), ctypes.c_int64(rows), ctypes.c_int64(k)
-    )
+def _address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _check(status: int, what: str) -> None:
+    if status != 0:
+        raise KernelError(f"{what} failed in the compiled kernel with status {status}")
+
+
+def _apply(lib: ctypes.CDLL, rows: CRowsIn, x: torch.Tensor, width: int) -> torch.Tensor:
+    """Run dlb_rows_apply over x as rows of `width` contiguous numbers; `rows` holds the rest."""
+    wide, out = x.float().contiguous(), torch.empty(x.shape, dtype=torch.float32)
+    rows.x, rows.x_stride, rows.up_stride, rows.k = wide.data_ptr(), width, width, width
+    rows.m = wide.numel() // width if width else 0
+    into = CRowsOut(y=out.data_ptr(), y_stride=width)
+    _check(lib.dlb_rows_apply(ctypes.byref(rows), ctypes.byref(into)), "an elementwise step")
     return out.to(x.dtype)
+
+
+# Rows that an elementwise step over a whole tensor is cut into.
+_STRIP = 4096
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
+    number = activation_number(kind)
+    if up is not None and gate.shape != up.shape:
+        raise UsageError(f"gated got shapes {tuple(gate.shape)} and {tuple(up.shape)}; give two of one shape")
+    lib = _library(gate)
+    if lib is None:
+        y = ACTIVATIONS[kind](gate.float())
+        return (y if up is None else y * up.float()).to(gate.dtype)
+    other = _wide(up)
+    rows = CRowsIn(kind=KIND_ACTIVATION if up is None else KIND_GATED, activation=number, up=_address(other))
+    count = gate.numel()
+    return _apply(lib, rows, gate, _STRIP if count % _STRIP == 0 else gate.shape[-1] if gate.dim() else 1)
+
+
+def _affine_parts(
+    what: str, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and part.shape != x.shape[-1:]:
+            raise UsageError(
+                f"{what} got a {name} of shape {tuple(part.shape)}; expected ({x.shape[-1]},) as x's last axis"
+            )
+    return _wide(weight), _wide(bias)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float) -> torch.Tensor:
+    w, _ = _affine_parts("rms_norm", x, weight, None)
+    lib = _library(x)
+    if lib is None:
+        return arithmetic.rms_norm(x.float(), w, eps, offset).to(x.dtype)
+    rows = CRowsIn(kind=KIND_RMS_NORM, weight=_address(w), eps=eps, weight_offset=offset)
+    return _apply(lib, rows, x, x.shape[-1])
+
+
+def _layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, offset: float
+) -> torch.Tensor:
+    w, b = _affine_parts("layer_norm", x, weight, bias)
+    lib = _library(x)
+    if lib is None:
+        return arithmetic.layer_norm(x.float(), w, b, eps, offset).to(x.dtype)
+    rows = CRowsIn(kind=KIND_LAYER_NORM, weight=_address(w), bias=_address(b), eps=eps, weight_offset=offset)
+    return _apply(lib, rows, x, x.shape[-1])
+
+
+def _sigmoid_add(x: torch.Tensor, other: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    if x.shape != other.shape or gate.shape != (*x.shape[:-1], 1):
+        raise UsageError(
+            f"sigmoid_add got shapes {tuple(x.shape)}, {tuple(other.shape)} and {tuple(gate.shape)}; "
+            "expected two alike and a gate with a last axis of 1"
+        )
+    lib = _library(x)
+    if lib is None:
+        return (x.float() + arithmetic.sigmoid(gate.float()) * other.float()).to(x.dtype)
+    a, b, g = x.float().contiguous(), other.float().contiguous(), gate.float().contiguous()
+    out, k = torch.empty_like(a), a.shape[-1]
+    status = lib.dlb_sigmoid_add(a.data_ptr(), b.data_ptr(), g.data_ptr(), 1, out.data_ptr(), k, g.numel(), k)
+    _check(status, "sigmoid_add")
+    return out.to(x.dtype)
+
+
+def _route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1] <= 1024:
+        raise UsageError(
+            f"route got logits {tuple(logits.shape)} and top_k {top_k}; expected [M, E], top_k <= E <= 1024"
+        )
+    lib = _library(logits)
+    if lib is None:
+        return arithmetic.route(logits.float(), top_k, normalize)
+    wide, (m, experts) = logits.float().contiguous(), logits.shape
+    ids, weights = torch.empty(m, top_k, dtype=torch.int32), torch.empty(m, top_k)
+    status = lib.dlb_route(
+        wide.data_ptr(), experts, m, experts, top_k, int(normalize), ids.data_ptr(), top_k, weights.data_ptr(), top_k
+    )
+    _check(status, "route")
+    return ids, weights
 
 
 def forbid_gradient(name: str, library: torch.library.Library) -> None:
@@ -149,31 +150,83 @@ def forbid_gradient(name: str, library: torch.library.Library) -> None:
     torch.library.register_autograd(f"dist_lowbit::{name}", backward, lib=library)
 
 
-_ops = torch.library.Library("dist_lowbit", "FRAGMENT")
-_ops.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
-_ops.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-_ops.impl("silu_mul", _silu_mul, "CompositeExplicitAutograd")
-_ops.impl("rms_norm", _rms_norm, "CompositeExplicitAutograd")
-torch.library.register_fake("dist_lowbit::silu_mul", lambda gate, up: gate.new_empty(gate.shape), lib=_ops)
-torch.library.register_fake("dist_lowbit::rms_norm", lambda x, weight, eps: x.new_empty(x.shape), lib=_ops)
+def _like_first(first: torch.Tensor, *_rest: object) -> torch.Tensor:
+    return first.new_empty(first.shape)
 
-forbid_gradient("silu_mul", _ops)
-forbid_gradient("rms_norm", _ops)
+
+def _route_shape(logits: torch.Tensor, top_k: int, _normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
+
+
+_ops = torch.library.Library("dist_lowbit", "FRAGMENT")
+_TABLE: list[tuple[str, str, Callable[..., object], Callable[..., object]]] = [
+    ("gated", "(Tensor gate, Tensor? up, str kind) -> Tensor", _gated, _like_first),
+    ("rms_norm", "(Tensor x, Tensor? weight, float eps, float offset) -> Tensor", _rms_norm, _like_first),
+    ("layer_norm", "(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset) -> Tensor", _layer_norm,
+     _like_first),
+    ("sigmoid_add", "(Tensor x, Tensor other, Tensor gate) -> Tensor", _sigmoid_add, _like_first),
+    ("route", "(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)", _route, _route_shape),
+]  # fmt: skip
+for _name, _schema, _function, _shape in _TABLE:
+    _ops.define(_name + _schema)
+    _ops.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dist_lowbit::{_name}", _shape, lib=_ops)
+    forbid_gradient(_name, _ops)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return activation(gate) * up, elementwise, in fp32 rounded once to gate's dtype.
+
+    Both of one shape and any float dtype. kind: a key of ACTIVATIONS.
+    """
+    result: torch.Tensor = torch.ops.dist_lowbit.gated(gate, up, kind)
+    return result
+
+
+def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return an activation of x, elementwise, in fp32 rounded once to x's dtype. kind: a key of ACTIVATIONS."""
+    result: torch.Tensor = torch.ops.dist_lowbit.gated(x, None, kind)
+    return result
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, elementwise, in fp32 rounded once to gate's dtype.
+    """Return silu(gate) * up (see gated)."""
+    return gated(gate, up, "silu")
 
-    Both of one shape and any float dtype. silu(x) = x * sigmoid(x), sigmoid from exp_poly(-|x|).
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * (weight + offset) along the last axis, in fp32 rounded once to x's dtype.
+
+    x [..., K], weight [K] or None for ones; offset 1 where weight - 1 is stored. The mean is a 16-lane sum divided by
+    K: a row's result depends on that row alone.
     """
-    result: torch.Tensor = torch.ops.dist_lowbit.silu_mul(gate, up)
+    result: torch.Tensor = torch.ops.dist_lowbit.rms_norm(x, weight, eps, offset)
     return result
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight along the last axis, in fp32 rounded once to x's dtype.
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, offset: float = 0.0
+) -> torch.Tensor:
+    """Return d / sqrt(mean(d^2) + eps) * (weight + offset) + bias, d = x - mean(x), along the last axis.
 
-    x [..., K], weight [K]. The mean is a 16-lane sum divided by K: a row's result depends on that row alone.
+    In fp32 rounded once to x's dtype; weight [K] or None for ones, bias [K] or None. Sums as in rms_norm.
     """
-    result: torch.Tensor = torch.ops.dist_lowbit.rms_norm(x, weight, eps)
+    result: torch.Tensor = torch.ops.dist_lowbit.layer_norm(x, weight, bias, eps, offset)
     return result
+
+
+def sigmoid_add(x: torch.Tensor, other: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Return x + sigmoid(gate) * other, in fp32 rounded once to x's dtype. x, other [..., K]; gate [..., 1]."""
+    result: torch.Tensor = torch.ops.dist_lowbit.sigmoid_add(x, other, gate)
+    return result
+
+
+def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose top_k experts of each row of router logits [M, E]: ids int32 and weights fp32, both [M, top_k].
+
+    The largest logits in descending order, ties to the lower index; a weight is the softmax over all experts, with
+    `normalize` divided by the sum of the chosen. E at most 1024. A row with NaN has valid ids and NaN weights.
+    """
+    ids, weights = torch.ops.dist_lowbit.route(logits, top_k, normalize)
+    return ids, weights

@@ -33,6 +33,75 @@ class CLinearParts(ctypes.Structure):
     _fields_ = [("planes", c_void_p * 2), ("scale", c_void_p), ("offset", c_void_p)]
 
 
+class CRowsIn(ctypes.Structure):
+    """struct dlb_rows_in of kernels/cpu/fused.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        *((name, c_int64) for name in ("x_stride", "m", "k")),
+        ("kind", c_int32),
+        ("activation", c_int32),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("eps", c_float),
+        ("weight_offset", c_float),
+        ("up", c_void_p),
+        ("up_stride", c_int64),
+        ("rows_out", c_void_p),
+        ("rows_stride", c_int64),
+    )
+
+
+class CRowsOut(ctypes.Structure):
+    """struct dlb_rows_out of kernels/cpu/fused.h."""
+
+    _fields_ = (
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+        ("y_type", c_int32),
+        ("reserved", c_int32),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("residual_stride", c_int64),
+    )
+
+
+class CLinearOut(ctypes.Structure):
+    """struct dlb_linear_out of kernels/cpu/fused.h."""
+
+    _fields_ = (("packed", c_void_p), ("bytes", c_int64), ("out", CRowsOut))
+
+
+class CLinearTerm(ctypes.Structure):
+    """struct dlb_linear_term of kernels/cpu/fused.h."""
+
+    _fields_ = (("rows", CRowsIn), ("packed", c_void_p), ("bytes", c_int64))
+
+
+class CExpert(ctypes.Structure):
+    """struct dlb_expert of kernels/cpu/fused.h."""
+
+    _fields_ = tuple(
+        field for name in ("gate", "up", "down") for field in ((name, c_void_p), (f"{name}_bytes", c_int64))
+    )
+
+
+class CMoeIn(ctypes.Structure):
+    """struct dlb_moe_in of kernels/cpu/fused.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        *((name, c_int64) for name in ("x_stride", "m", "k")),
+        ("experts", POINTER(CExpert)),
+        ("expert_count", c_int64),
+        ("ids", c_void_p),
+        ("weights", c_void_p),
+        ("slots", c_int64),
+        ("activation", c_int32),
+        ("reserved", c_int32),
+    )
+
+
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "dlb_isa_count": (c_int, []),
     "dlb_isa_name": (c_char_p, [c_int]),
@@ -47,6 +116,12 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "dlb_linear_spec_of": (c_int, [c_void_p, c_int64, POINTER(CLinearSpec)]),
     "dlb_linear_unpack": (c_int, [c_void_p, c_int64, POINTER(CLinearParts)]),
     "dlb_linear_run": (c_int, [c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_void_p, *[c_int64] * 2]),
+    "dlb_linear_fused": (c_int, [POINTER(CRowsIn), POINTER(CLinearOut), c_int]),
+    "dlb_linear_sum": (c_int, [POINTER(CLinearTerm), c_int, POINTER(CRowsOut)]),
+    "dlb_rows_apply": (c_int, [POINTER(CRowsIn), POINTER(CRowsOut)]),
+    "dlb_moe": (c_int, [POINTER(CMoeIn), POINTER(CRowsOut)]),
+    "dlb_route": (c_int, [c_void_p, *[c_int64] * 4, c_int32, c_void_p, c_int64, c_void_p, c_int64]),
+    "dlb_sigmoid_add": (c_int, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, *[c_int64] * 3]),
     "dlb_read_all": (c_uint64, [c_void_p, c_int64]),
 }
 

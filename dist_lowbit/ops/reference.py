@@ -106,19 +106,27 @@ def _segment(x: torch.Tensor, weight: PackedWeight, codes: torch.Tensor, start: 
     return acc
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, cuts: Sequence[int], compute: str) -> torch.Tensor:
-    """Return fp32 [M, N], the product of fp32 activations [M, K] with a packed weight (see the module)."""
+Segments = list[torch.Tensor | None]
+
+
+def segments(x: torch.Tensor, weight: PackedWeight, cuts: Sequence[int], compute: str) -> Segments:
+    """Return the eight segments of a product, fp32 [M, N] each, None where empty."""
     rounded = compute == "int8" and exact_codes(weight.format)
     operand = _centered(weight) if rounded else dequantize(weight)
-    segments: list[torch.Tensor | None] = []
+    parts: Segments = []
     for start, stop in pairwise(cuts):
         if start == stop:
-            segments.append(None)
+            parts.append(None)
         elif rounded:
-            segments.append(_segment(x, weight, operand, start, stop))
+            parts.append(_segment(x, weight, operand, start, stop))
         else:
-            segments.append(x[:, start:stop] @ operand[:, start:stop].T)
-    total = segment_tree(segments)
+            parts.append(x[:, start:stop] @ operand[:, start:stop].T)
+    return parts
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, cuts: Sequence[int], compute: str) -> torch.Tensor:
+    """Return fp32 [M, N], the product of fp32 activations [M, K] with a packed weight (see the module)."""
+    total = segment_tree(segments(x, weight, cuts, compute))
     return torch.zeros(x.shape[0], weight.shape[0], device=x.device) if total is None else total
 
 

@@ -25,10 +25,20 @@ struct FloatKernels {
     // s[j] = cap * tanh(s[j] / cap), tanh(x) = sign(x) (1 - t) / (1 + t), t = exp_poly(-2 |x|). n % 16 == 0.
     void (*softcap)(float* s, int n, float cap);
     void (*exp)(const float* x, float* out, int64_t n);
-    // out[i] = gate[i] * sigmoid(gate[i]) * up[i]; sigmoid(x) = (x < 0 ? t : 1) / (1 + t), t = exp_poly(-|x|).
-    void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);
-    // Sum of squares in 16 lanes by element mod 16, then the tree; out = (x * (1 / sqrt(sum / k + eps))) * weight.
-    void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t k);
+    // out[i] = activation(x[i]), times up[i] where `up` is not null (dlb_activation in fused.h has the formulas). `out`
+    // may be x or up.
+    void (*activate)(int32_t activation, const float* x, const float* up, float* out, int64_t n);
+    // Sum of squares in 16 lanes by element mod 16, then the tree; out = (x * (1 / sqrt(sum / k + eps))) * weight'.
+    // weight' = weight + offset, or nothing where weight is null. `out` may be x.
+    void (*rms_norm)(const float* x, const float* weight, float offset, float eps, float* out, int64_t k);
+    // d = x - sum(x) / k, sums as above; out = (d * (1 / sqrt(sum(d d) / k + eps))) * weight' [+ bias].
+    void (*layer_norm)(const float* x, const float* weight, float offset, const float* bias, float eps, float* out,
+                       int64_t k);
+    // y[i] = cast((x[i] + bias[i]) + residual[i]) to a dlb_float, to nearest even; null: not added. y may be residual
+    // or x where it is fp32. NaN stays NaN.
+    void (*finish)(const float* x, const float* bias, const float* residual, int32_t type, void* y, int64_t n);
+    // out[i] = a[i] + w * b[i]; `out` may be a or b.
+    void (*scaled_sum)(const float* a, const float* b, float w, float* out, int64_t n);
     // n numbers of a DLB_KV_* type to float; exact.
     void (*widen)(const void* source, int32_t kv_type, float* out, int64_t n);
 };

@@ -1,4 +1,4 @@
-// Runs a packed Linear: activations to int8 once, then panels of 16 rows on the pool.
+// Runs packed Linears: rows are made ready (activations.cpp), then panels of 16 rows of the weights go to the pool.
 //
 // The arithmetic for codes, the same in every ISA to the last bit (docs/numerics.md): per summation block of a row of x
 //   inv = 127 / max|x|, q = rne(x inv), x_scale = max|x| / 127, sum = sum q
@@ -12,9 +12,13 @@
 // where the ISA has it (so in all but scalar), then (s0 + s1) + (s2 + s3), times w_scale (multiplier) where there are
 // scales; blocks and segments as above. Codes enter as c - center, c - zero_point or table value, and as fma(c,
 // w_scale, min), which needs no scale behind the sum.
-#include <stdlib.h>
+#include <string.h>
 
+#include <algorithm>
+
+#include "float_kernels.h"
 #include "layout.h"
+#include "linear_jobs.h"
 #include "threadpool.h"
 
 namespace dlb {
@@ -23,106 +27,137 @@ namespace {
 constexpr int64_t kPanelsBytes = 128 << 10;      // weights that a thread takes at a time when M is small
 constexpr int64_t kActivationBytes = 256 << 10;  // activations that stay in a core's L2 cache while weights pass
 constexpr int64_t kSerialWork = 1 << 16;         // multiplications below which waking others costs more than it saves
+constexpr int64_t kSliceBytes = 8 << 20;         // scratch of a call, about
+constexpr int64_t kTileFloats = 4096;            // results on their way through bias, residual and cast
 
-// Scratch memory of the calling thread: grows, is kept, and is never shared.
-struct Scratch {
-    void* data = nullptr;
-    int64_t bytes = 0;
-
-    void* get(int64_t wanted) {
-        if (wanted > bytes) {
-            free(data);
-            bytes = round_up(wanted + wanted / 4, 4096);
-            data = aligned_alloc(64, static_cast<size_t>(bytes));
-            if (data == nullptr) bytes = 0;
-        }
-        return data;
-    }
-    ~Scratch() { free(data); }
-};
-thread_local Scratch scratch;
-
-struct Activations {
-    int8_t* q;
-    float* scale = nullptr;
-    int32_t* sum = nullptr;
-    int32_t* start = nullptr;
-    int64_t q_stride, blocks;
-
-    // A line more than K needs keeps rows of a power of two out of one cache set.
-    Activations(int64_t m, int64_t k, int64_t block) {
-        q_stride = round_up(k, kLineBytes) + kLineBytes;
-        blocks = ceil_div(k, block);
-        const int64_t q_bytes = m * q_stride, table_bytes = round_up(m * blocks * 4, kLineBytes);
-        q = static_cast<int8_t*>(scratch.get(q_bytes + 3 * table_bytes));
-        if (q == nullptr) return;
-        scale = reinterpret_cast<float*>(q + q_bytes);
-        sum = reinterpret_cast<int32_t*>(q + q_bytes + table_bytes);
-        start = reinterpret_cast<int32_t*>(q + q_bytes + 2 * table_bytes);
-    }
-    ActView view() const { return {q, scale, sum, start, q_stride, blocks}; }
-};
-
-void quantize_rows(const KernelTable& table, const LinearView& w, const float* x, int64_t x_stride, int64_t m,
-                   const Activations& a) {
-    const int32_t factor = start_factor(w, table.signed_bytes);
-    auto body = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            table.quantize(x + i * x_stride, w.k, w.block, a.q + i * a.q_stride, a.scale + i * a.blocks,
-                           a.sum + i * a.blocks);
-            for (int64_t b = i * a.blocks; b < (i + 1) * a.blocks; ++b) a.start[b] = factor * a.sum[b];
-        }
-    };
-    const int64_t rows_at_a_time = w.k > 0 ? ceil_div(kSerialWork, w.k) : m;
-    parallel(m, rows_at_a_time, body);
-}
-
-// Cut M and N into tasks: body(panel_begin, panel_end, m_begin, m_end). token_bytes: of one row of activations.
-template <class Body>
-void for_tiles(const LinearView& w, int64_t m, int64_t token_bytes, const Body& body) {
+// Set a job's task sizes and return how many tasks it is.
+int64_t cut_job(Job* job) {
+    const LinearView& w = job->weight.view;
     const int64_t panels = ceil_div(w.n, kPanelRows);
     // Tokens at a time: what the L2 cache holds, in multiples of 24, which every ISA's tiles divide.
-    const int64_t fit = kActivationBytes / token_bytes;
-    const int64_t m_step = m <= fit ? m : (fit < 24 ? 24 : fit / 24 * 24);
-    int64_t panel_step = ceil_div(kPanelsBytes, w.panel_bytes * (m_step < 8 ? 1 : m_step / 4));
-    if (w.n * w.k * m < kSerialWork) panel_step = panels;
-    const int64_t panel_tasks = ceil_div(panels, panel_step), m_tasks = ceil_div(m, m_step);
-    auto tasks = [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t p = task % panel_tasks * panel_step, i = task / panel_tasks * m_step;
-            body(p, p + panel_step < panels ? p + panel_step : panels, i, i + m_step < m ? i + m_step : m);
+    const int64_t token_bytes = job->weight.codes != nullptr ? job->act.q_stride + 8 * job->act.blocks : w.k * 4;
+    const int64_t fit = kActivationBytes / std::max<int64_t>(1, token_bytes);
+    job->m_step = job->m <= fit ? job->m : std::max<int64_t>(24, fit / 24 * 24);
+    const int64_t rows = job->m_step < 8 ? 1 : job->m_step / 4;
+    job->panel_step = ceil_div(kPanelsBytes, std::max<int64_t>(1, w.panel_bytes * rows));
+    if (w.n * w.k * job->m < kSerialWork) job->panel_step = std::max<int64_t>(1, panels);
+    job->panel_tasks = ceil_div(panels, job->panel_step);
+    return job->m > 0 ? job->panel_tasks * ceil_div(job->m, job->m_step) : 0;
+}
+
+// A tile of results with bias, residual and cast: by way of a buffer that stays in the L1 cache.
+void finish_tile(const FloatKernels& kernels, const Job& job, int64_t p0, int64_t p1, int64_t m0, int64_t m1) {
+    float tile[kTileFloats];
+    const int64_t first = p0 * kPanelRows, columns = std::min(job.weight.view.n, p1 * kPanelRows) - first;
+    const int64_t width = (p1 - p0) * kPanelRows, rows = kTileFloats / width;
+    for (int64_t m = m0; m < m1; m += rows) {
+        const int64_t end = std::min(m1, m + rows);
+        run_tile(job, p0, p1, m, end, {tile, width, 0});
+        for (int64_t i = m; i < end; ++i) {
+            const dlb_rows_out out = out_at(job.out, i, first);
+            kernels.finish(tile + (i - m) * width, out.bias, out.residual, out.y_type, out.y, columns);
         }
-    };
-    parallel(panel_tasks * m_tasks, 1, tasks);
+    }
 }
 
-int run_codes(const KernelTable& table, const dlb_linear_spec& spec, const LinearView& view, const float* x,
-              int64_t x_stride, int64_t m, float* y, int64_t y_stride) {
-    const Activations activations(m, spec.k, view.block);
-    if (activations.q == nullptr) return DLB_NO_MEMORY;
-    quantize_rows(table, view, x, x_stride, m, activations);
-    const LinearFn run = (spec.codec == DLB_TABLE ? table.linear_table : table.linear_affine)[spec.bits];
-    const ActView a = activations.view();
-    const LinearOut out = {y, y_stride, 0};
-    for_tiles(view, m, a.q_stride + 8 * a.blocks,
-              [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { run(view, a, p0, p1, m0, m1, out); });
-    return DLB_OK;
-}
-
-FloatFn float_kernel(const KernelTable& table, const dlb_linear_spec& spec) {
-    if (spec.codec == DLB_ELEMENT) return table.linear_element[spec.element];
-    return (spec.codec == DLB_TABLE ? table.linear_table_fp32 : table.linear_affine_fp32)[spec.bits];
-}
-
-int run_floats(FloatFn run, const LinearView& view, const float* x, int64_t x_stride, int64_t m, float* y,
-               int64_t y_stride) {
-    const LinearOut out = {y, y_stride, 0};
-    for_tiles(view, m, view.k * 4,
-              [&](int64_t p0, int64_t p1, int64_t m0, int64_t m1) { run(view, x, x_stride, p0, p1, m0, m1, out); });
-    return DLB_OK;
+void run_task(const FloatKernels& kernels, const Job& job, int64_t task) {
+    const int64_t panels = ceil_div(job.weight.view.n, kPanelRows);
+    const int64_t p0 = task % job.panel_tasks * job.panel_step, p1 = std::min(panels, p0 + job.panel_step);
+    const int64_t m0 = task / job.panel_tasks * job.m_step, m1 = std::min(job.m, m0 + job.m_step);
+    const dlb_rows_out& out = job.out;
+    if (out.bias == nullptr && out.residual == nullptr && out.y_type == DLB_FLOAT32) {
+        float* y = static_cast<float*>(out.y) + m0 * out.y_stride + p0 * kPanelRows;
+        run_tile(job, p0, p1, m0, m1, {y, out.y_stride, 0});
+        return;
+    }
+    // All panels at once while a few rows of them fit, so that memory is read in one stream.
+    const int64_t together = std::max<int64_t>(1, kTileFloats / kPanelRows / std::min<int64_t>(m1 - m0, 256));
+    for (int64_t p = p0; p < p1; p += together) finish_tile(kernels, job, p, std::min(p1, p + together), m0, m1);
 }
 
 }  // namespace
+
+int open_weight(const KernelTable& table, const void* packed, int64_t bytes, Weight* weight) {
+    dlb_linear_spec spec;
+    if (packed == nullptr) return DLB_BAD_SPEC;
+    const int status = dlb_linear_spec_of(packed, bytes, &spec);
+    if (status != DLB_OK) return status;
+    weight->view = view_of(spec, packed);
+    const bool is_table = spec.codec == DLB_TABLE;
+    weight->codes = nullptr;
+    weight->floats = nullptr;
+    if (spec.codec == DLB_ELEMENT)
+        weight->floats = table.linear_element[spec.element];
+    else if (spec.compute == DLB_COMPUTE_FP32)
+        weight->floats = (is_table ? table.linear_table_fp32 : table.linear_affine_fp32)[spec.bits];
+    else
+        weight->codes = (is_table ? table.linear_table : table.linear_affine)[spec.bits];
+    weight->start_factor = start_factor(weight->view, table.signed_bytes);
+    return DLB_OK;
+}
+
+int need_of(const Weight& weight, RowsNeed* need) {
+    if (weight.codes != nullptr) return need->index_of(weight.view.block, weight.start_factor);
+    need->floats = true;
+    return -1;
+}
+
+void take_rows(Job* job, const Rows& rows, int index, int64_t row) {
+    if (index >= 0) job->act = rows.quantized[index].view(row);
+    job->x = rows.x == nullptr ? nullptr : rows.x + row * rows.x_stride;
+    job->x_stride = rows.x_stride;
+}
+
+void run_tile(const Job& job, int64_t p0, int64_t p1, int64_t m0, int64_t m1, const LinearOut& out) {
+    LinearView w = job.weight.view;
+    w.panels += p0 * w.panel_bytes;
+    w.n -= p0 * kPanelRows;
+    if (w.k == 0) {  // a sum of nothing
+        if (out.segment_stride != 0) return;
+        const int64_t columns = std::min(w.n, (p1 - p0) * kPanelRows);
+        for (int64_t i = 0; i < m1 - m0; ++i) memset(out.y + i * out.stride, 0, static_cast<size_t>(columns) * 4);
+    } else if (job.weight.floats != nullptr) {
+        job.weight.floats(w, job.x + m0 * job.x_stride, job.x_stride, 0, p1 - p0, 0, m1 - m0, out);
+    } else {
+        const ActView& a = job.act;
+        const ActView act = {a.q + m0 * a.q_stride,
+                             a.scale + m0 * a.blocks,
+                             a.sum + m0 * a.blocks,
+                             a.start + m0 * a.blocks,
+                             a.q_stride,
+                             a.blocks};
+        job.weight.codes(w, act, 0, p1 - p0, 0, m1 - m0, out);
+    }
+}
+
+void run_jobs(Job* jobs, int64_t count) {
+    int64_t tasks = 0, work = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        jobs[i].first_task = tasks;
+        tasks += cut_job(&jobs[i]);
+        work += jobs[i].weight.view.n * jobs[i].weight.view.k * jobs[i].m;
+    }
+    const FloatKernels& kernels = float_kernels();
+    auto body = [&](int64_t begin, int64_t end) {
+        // The last job that starts at or before the first task; jobs without tasks are stepped over.
+        int64_t low = 0, high = count;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            (jobs[middle].first_task <= begin ? low : high) = middle;
+        }
+        for (int64_t task = begin; task < end; ++task) {
+            while (low + 1 < count && jobs[low + 1].first_task <= task) ++low;
+            run_task(kernels, jobs[low], task - jobs[low].first_task);
+        }
+    };
+    parallel(tasks, work < kSerialWork ? tasks : 1, body);
+}
+
+int64_t slice_rows(int64_t m, int64_t bytes_per_row) {
+    const int64_t fit = kSliceBytes / std::max<int64_t>(1, bytes_per_row);
+    return m <= fit ? m : std::max<int64_t>(24, fit / 24 * 24);
+}
+
 }  // namespace dlb
 
 DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, int64_t x_stride, int64_t m, int64_t k,
@@ -130,17 +165,20 @@ DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, in
     dlb_linear_spec spec;
     const int status = dlb_linear_spec_of(packed, bytes, &spec);
     if (status != DLB_OK) return status;
-    if (k != spec.k || n != spec.n) return DLB_BAD_SHAPE;
-    if (m <= 0 || spec.n == 0) return DLB_OK;
-    if (spec.k == 0) {
-        for (int64_t i = 0; i < m; ++i) memset(y + i * y_stride, 0, static_cast<size_t>(spec.n) * sizeof(float));
-        return DLB_OK;
-    }
-    const dlb::KernelTable& table = dlb::active_table();
-    const dlb::LinearView view = dlb::view_of(spec, packed);
-    if (spec.codec == DLB_ELEMENT || spec.compute == DLB_COMPUTE_FP32)
-        return dlb::run_floats(dlb::float_kernel(table, spec), view, x, x_stride, m, y, y_stride);
-    return dlb::run_codes(table, spec, view, x, x_stride, m, y, y_stride);
+    if (n != spec.n) return DLB_BAD_SHAPE;
+    dlb_rows_in in;
+    memset(&in, 0, sizeof in);
+    in.x = x;
+    in.x_stride = x_stride;
+    in.m = m;
+    in.k = k;
+    dlb_linear_out product;
+    memset(&product, 0, sizeof product);
+    product.packed = packed;
+    product.bytes = bytes;
+    product.out.y = y;
+    product.out.y_stride = y_stride;
+    return dlb_linear_fused(&in, &product, 1);
 }
 
 DLB_API uint64_t dlb_read_all(const void* data, int64_t bytes) {

@@ -10,13 +10,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dist_lowbit.comm import Group, init_group, subgroup_info, tree_sum, why_not
+from dist_lowbit.comm import BACKENDS, Group, init_group, subgroup_info, tree_sum, why_not
 from dist_lowbit.comm.collective import Table
 from dist_lowbit.comm.peers import myself, to_json
 from dist_lowbit.comm.tree import DTYPES
@@ -225,6 +226,10 @@ def conformance(job: Job) -> dict[str, Any]:
     """Run every check on groups of 2, 3 and 4 of the ranks, over each backend; report each by itself."""
     report: dict[str, Any] = {}
     world = current()
+    if "mpi" in job.args["backends"]:
+        from mpi4py import MPI  # starting MPI takes all ranks, also those that sit a group out
+
+        assert MPI.COMM_WORLD.size == job.size
     for backend in job.args["backends"]:
         for size in job.args["sizes"]:
             if job.rank >= size:
@@ -443,3 +448,37 @@ def absent(job: Job) -> str:
     except CommError as error:
         return str(error)
     return "no error"
+
+
+def pretended(job: Job) -> Group:
+    """Form a hierarchical group of ranks that say they are on several machines."""
+    from dist_lowbit.comm import backends, hierarchical
+
+    per_host = job.args["per_host"]
+    backends.myself = lambda rank: replace(myself(rank), machine=f"machine {rank // per_host}")  # type: ignore[attr-defined]
+    hierarchical.OUTER = (BACKENDS[job.args["outer"]],)
+    info = replace(current(), local_size=per_host, local_rank=job.rank % per_host)
+    return init_group("auto", info, timeout=20)
+
+
+def hierarchy(job: Job) -> dict[str, Any]:
+    """Run every check on a group of pretended machines."""
+    with pretended(job) as group:
+        assert group.name == "hierarchical"
+        return {name: check(group) for name, check in CHECKS.items()}
+
+
+def hierarchy_trouble(job: Job) -> dict[str, Any]:
+    """Rank `victim` dies; the others tell what they heard and how long it took."""
+    group = pretended(job)
+    x = torch.ones(1000)
+    for _ in range(10):
+        group.all_reduce(x)
+    if job.rank == job.args["victim"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        while True:
+            group.all_reduce(x)
+    except CommError as error:
+        return {"message": str(error), "rank": error.rank, "seconds": time.monotonic() - start}

@@ -96,17 +96,44 @@ class Farm:
         self.process.stdin.write(json.dumps(spec) + "\n")
         self.process.stdin.flush()
         late = json.loads(self.process.stdout.readline())
-        outcome = Outcome(place, late=late, output=(place / "output").read_text())
-        for rank in range(size):
-            path = place / f"result.{rank}"
-            if path.exists():
-                result = json.loads(path.read_text())
-                (outcome.values if result["ok"] else outcome.errors)[rank] = result["value"]
-        return outcome
+        return _collect(place, size, late, (place / "output").read_text())
 
     def close(self) -> None:
         """End the helper process."""
         self.process.communicate(timeout=30)
+
+
+def run_under_mpirun(folder: Path, body: str, size: int, args: dict[str, Any], timeout: float = 100.0) -> Outcome:
+    """Run `body` of tests.comm.bodies on ranks that mpirun starts; each imports torch for itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = {"body": body, "size": size, "args": args, "folder": str(folder)}
+    command = [mpirun(), "-n", str(size), sys.executable, "-m", "tests.comm.harness", "tests.comm.bodies"]
+    done = subprocess.run(
+        [*command, json.dumps(spec)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return _collect(folder, size, [], done.stdout)
+
+
+def mpirun() -> str:
+    """Return the mpirun of this environment."""
+    return str(Path(sys.executable).with_name("mpirun"))
+
+
+def _collect(folder: Path, size: int, late: list[int], output: str) -> Outcome:
+    outcome = Outcome(folder, late=late, output=output)
+    for rank in range(size):
+        path = folder / f"result.{rank}"
+        if path.exists():
+            result = json.loads(path.read_text())
+            (outcome.values if result["ok"] else outcome.errors)[rank] = result["value"]
+    return outcome
 
 
 def _rank_main(spec: dict[str, Any], rank: int) -> None:
@@ -114,11 +141,15 @@ def _rank_main(spec: dict[str, Any], rank: int) -> None:
     ours = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": spec["port"], **spec["environ"]}
     os.environ.update({name: str(value) for name, value in ours.items()})
+    _run_body(spec, rank)
+
+
+def _run_body(spec: dict[str, Any], rank: int) -> None:
     import torch
 
     bodies = importlib.import_module(sys.argv[1])
     torch.set_num_threads(1)
-    job = Job(rank, size, Path(spec["folder"]), spec["args"])
+    job = Job(rank, spec["size"], Path(spec["folder"]), spec["args"])
     try:
         result = {"ok": True, "value": getattr(bodies, spec["body"])(job)}
     except BaseException:
@@ -159,7 +190,15 @@ def start(spec: dict[str, Any]) -> list[int]:
 
 
 def main() -> None:
-    """Make the runs that come in, one a line, and answer each with the ranks that did not end in time."""
+    """Make the runs that come in, one a line, and answer each with the ranks that did not end in time.
+
+    With a run as second argument this process is one of its ranks, started by mpirun.
+    """
+    if len(sys.argv) > 2:
+        from dist_lowbit.core.rank import current
+
+        _run_body(json.loads(sys.argv[2]), current().rank)
+        return
     importlib.import_module(sys.argv[1])  # torch and the package, before any fork
     while line := sys.stdin.readline():
         print(json.dumps(start(json.loads(line))), flush=True)

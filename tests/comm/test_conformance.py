@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dist_lowbit.comm import BACKENDS, SingleGroup, why_not
 from tests.comm import bodies
-from tests.comm.conftest import PAIR, require
-from tests.comm.harness import Farm, Outcome
+from tests.comm.conftest import PAIR, require, require_mpirun
+from tests.comm.harness import Farm, Outcome, run_under_mpirun
 
 SIZES = (2, 3, 4)
-SHARED = [name for name in BACKENDS if name != "single"]
+SHARED = [name for name in BACKENDS if name not in ("single", "mpi", "hierarchical")]  # these have runs of their own
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,19 @@ def test_backend(outcome: Outcome, backend: str, size: int, check: str) -> None:
     assert not outcome.errors, next(iter(outcome.errors.values()))
     assert sorted(outcome.values) == list(range(max(SIZES))), outcome.output
     assert all(f"{backend}-{size}-{check}" in outcome.values[rank] for rank in range(size))
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_under_mpirun(tmp_path: Path, outcome: Outcome, size: int) -> None:
+    """MPI, and oneCCL over MPI, on ranks that mpirun starts; with 4 of them also groups of 2 and 3."""
+    require_mpirun()
+    backends = ["mpi"] + (["ccl"] if why_not(PAIR)["ccl"] is None else [])
+    sizes = [n for n in SIZES if n <= size]
+    seen = run_under_mpirun(tmp_path, "conformance", size, {"backends": backends, "sizes": sizes})
+    assert not seen.errors, next(iter(seen.errors.values()))
+    for n in sizes:
+        digests = {seen.values[rank][f"{name}-{n}-fingerprints"] for rank in range(n) for name in backends}
+        assert digests == {outcome.values[0][f"shm-{n}-fingerprints"]}
 
 
 @pytest.mark.slow

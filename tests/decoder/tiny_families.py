@@ -120,11 +120,6 @@ TINY: dict[str, Tiny] = {
     ),
     "gpt_bigcode": Tiny("gpt_bigcode", _N_EMBD),
     "gpt_bigcode heads": Tiny("gpt_bigcode", _N_EMBD | {"multi_query": False}),
-    "mixtral": Tiny(
-        "mixtral", _LLAMA | {"intermediate_size": 93, "num_local_experts": 5, "num_experts_per_tok": 2}, moe=True
-    ),
-    "qwen2_moe": Tiny("qwen2_moe", _DERIVED | _MOE | {"shared_expert_intermediate_size": 165}, moe=True),
-    "qwen3_moe": Tiny("qwen3_moe", _LLAMA | _MOE | {"mlp_only_layers": [0], "norm_topk_prob": True}, moe=True),
 }
 
 

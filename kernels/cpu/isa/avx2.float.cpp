@@ -6,6 +6,8 @@
 
 #include "../exp_poly.h"
 #include "../float_kernels.h"
+#include "../fused.h"
+#include "../gelu_poly.h"
 
 namespace dlb {
 namespace {
@@ -207,47 +209,214 @@ void exp_all(const float* x, float* out, int64_t n) {
     std::memcpy(out + i, tail, static_cast<size_t>(n - i) * 4);
 }
 
-inline V silu_mul8(V x, V up) {
+inline V sigmoid8(V x) {
     const V sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
     const V t = exp8(_mm256_or_ps(x, sign));
     const V below = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ);
-    const V sigmoid = _mm256_div_ps(_mm256_blendv_ps(one, t, below), _mm256_add_ps(one, t));
-    return _mm256_mul_ps(_mm256_mul_ps(x, sigmoid), up);
+    return _mm256_div_ps(_mm256_blendv_ps(one, t, below), _mm256_add_ps(one, t));
 }
 
-void silu_mul(const float* gate, const float* up, float* out, int64_t n) {
+inline V times_plus(V y, V q, float c) { return _mm256_add_ps(_mm256_mul_ps(y, q), _mm256_set1_ps(c)); }
+
+inline V normal_distribution8(V x) {
+    const V one = _mm256_set1_ps(1.0f), center = _mm256_set1_ps(DLB_GELU_CENTER);
+    // The second operand of min is what comes out where one is NaN.
+    const V a = _mm256_min_ps(_mm256_set1_ps(DLB_GELU_LARGEST), _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x));
+    const V q = _mm256_div_ps(_mm256_sub_ps(a, center), _mm256_add_ps(a, center));
+    V y = times_plus(_mm256_set1_ps(DLB_GELU_P9), q, DLB_GELU_P8);
+    y = times_plus(y, q, DLB_GELU_P7);
+    y = times_plus(y, q, DLB_GELU_P6);
+    y = times_plus(y, q, DLB_GELU_P5);
+    y = times_plus(y, q, DLB_GELU_P4);
+    y = times_plus(y, q, DLB_GELU_P3);
+    y = times_plus(y, q, DLB_GELU_P2);
+    y = times_plus(y, q, DLB_GELU_P1);
+    y = times_plus(y, q, DLB_GELU_P0);
+    const V power = exp8(_mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(-0.5f), a), a));
+    const V tail = _mm256_mul_ps(power, _mm256_div_ps(y, _mm256_add_ps(one, a)));
+    const V below = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ);
+    return _mm256_blendv_ps(_mm256_sub_ps(one, tail), tail, below);
+}
+
+template <int Activation>
+inline V activate8(V x) {
+    if constexpr (Activation == DLB_ACT_SILU) return _mm256_mul_ps(x, sigmoid8(x));
+    if constexpr (Activation == DLB_ACT_GELU_ERF) return _mm256_mul_ps(x, normal_distribution8(x));
+    if constexpr (Activation == DLB_ACT_GELU_TANH) {
+        const V cubic = _mm256_mul_ps(_mm256_set1_ps(DLB_GELU_TANH_C2), _mm256_mul_ps(x, x));
+        const V inner = _mm256_mul_ps(x, _mm256_add_ps(_mm256_set1_ps(DLB_GELU_TANH_C1), cubic));
+        return _mm256_mul_ps(x, sigmoid8(inner));
+    }
+    if constexpr (Activation == DLB_ACT_QUICK_GELU)
+        return _mm256_mul_ps(x, sigmoid8(_mm256_mul_ps(_mm256_set1_ps(DLB_QUICK_GELU_C), x)));
+    if constexpr (Activation == DLB_ACT_RELU)
+        return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ), x);
+    if constexpr (Activation == DLB_ACT_SIGMOID) return sigmoid8(x);
+    return x;
+}
+
+// The last n < 8 floats of a row, zeros behind them.
+struct Tail {
+    float value[8] = {};
+    inline Tail(const float* x, int64_t n) { std::memcpy(value, x, static_cast<size_t>(n) * 4); }
+    inline V load() const { return _mm256_loadu_ps(value); }
+};
+
+inline void store_tail(float* out, V value, int64_t n) {
+    float tail[8];
+    _mm256_storeu_ps(tail, value);
+    std::memcpy(out, tail, static_cast<size_t>(n) * 4);
+}
+
+template <int Activation>
+void activate_as(const float* x, const float* up, float* out, int64_t n) {
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, silu_mul8(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
+    if (up != nullptr)
+        for (; i + 8 <= n; i += 8)
+            _mm256_storeu_ps(out + i,
+                             _mm256_mul_ps(activate8<Activation>(_mm256_loadu_ps(x + i)), _mm256_loadu_ps(up + i)));
+    else
+        for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, activate8<Activation>(_mm256_loadu_ps(x + i)));
     if (i == n) return;
-    const size_t bytes = static_cast<size_t>(n - i) * 4;
-    float a[8] = {}, b[8] = {};
-    std::memcpy(a, gate + i, bytes);
-    std::memcpy(b, up + i, bytes);
-    _mm256_storeu_ps(a, silu_mul8(_mm256_loadu_ps(a), _mm256_loadu_ps(b)));
-    std::memcpy(out + i, a, bytes);
+    V value = activate8<Activation>(Tail(x + i, n - i).load());
+    if (up != nullptr) value = _mm256_mul_ps(value, Tail(up + i, n - i).load());
+    store_tail(out + i, value, n - i);
 }
 
-void rms_norm(const float* x, const float* weight, float eps, float* out, int64_t k) {
+void activate(int32_t activation, const float* x, const float* up, float* out, int64_t n) {
+    if (activation == DLB_ACT_NONE) activate_as<DLB_ACT_NONE>(x, up, out, n);
+    if (activation == DLB_ACT_SILU) activate_as<DLB_ACT_SILU>(x, up, out, n);
+    if (activation == DLB_ACT_GELU_ERF) activate_as<DLB_ACT_GELU_ERF>(x, up, out, n);
+    if (activation == DLB_ACT_GELU_TANH) activate_as<DLB_ACT_GELU_TANH>(x, up, out, n);
+    if (activation == DLB_ACT_QUICK_GELU) activate_as<DLB_ACT_QUICK_GELU>(x, up, out, n);
+    if (activation == DLB_ACT_RELU) activate_as<DLB_ACT_RELU>(x, up, out, n);
+    if (activation == DLB_ACT_SIGMOID) activate_as<DLB_ACT_SIGMOID>(x, up, out, n);
+}
+
+// Sixteen floats from x on, zeros from n on.
+struct Pair {
+    V lo, hi;
+    inline Pair(const float* x, int64_t n) {
+        if (n >= 16) {
+            lo = _mm256_loadu_ps(x);
+            hi = _mm256_loadu_ps(x + 8);
+            return;
+        }
+        float tail[16] = {};
+        std::memcpy(tail, x, static_cast<size_t>(n) * 4);
+        lo = _mm256_loadu_ps(tail);
+        hi = _mm256_loadu_ps(tail + 8);
+    }
+};
+
+// 1 / sqrt(sum / k + eps), each operation rounded
+inline float root_of_mean(float sum, int64_t k, float eps) {
+    const __m128 mean = _mm_add_ss(_mm_div_ss(_mm_set_ss(sum), _mm_set_ss(static_cast<float>(k))), _mm_set_ss(eps));
+    return 1.0f / _mm_cvtss_f32(_mm_sqrt_ss(mean));
+}
+
+template <bool Centered, bool Weighted>
+inline V norm8(V x, V mean, V factor, V weight, V offset) {
+    if constexpr (Centered) x = _mm256_sub_ps(x, mean);
+    x = _mm256_mul_ps(x, factor);
+    return Weighted ? _mm256_mul_ps(x, _mm256_add_ps(weight, offset)) : x;
+}
+
+template <bool Centered, bool Weighted>
+void apply_norm(const float* x, float mean_, float factor_, const float* weight, float offset_, const float* bias,
+                float* out, int64_t k) {
+    const V mean = _mm256_set1_ps(mean_), factor = _mm256_set1_ps(factor_), offset = _mm256_set1_ps(offset_);
+    int64_t i = 0;
+    for (; i + 8 <= k; i += 8) {
+        const V w = Weighted ? _mm256_loadu_ps(weight + i) : offset;
+        V value = norm8<Centered, Weighted>(_mm256_loadu_ps(x + i), mean, factor, w, offset);
+        if (bias != nullptr) value = _mm256_add_ps(value, _mm256_loadu_ps(bias + i));
+        _mm256_storeu_ps(out + i, value);
+    }
+    if (i == k) return;
+    const V w = Weighted ? Tail(weight + i, k - i).load() : offset;
+    V value = norm8<Centered, Weighted>(Tail(x + i, k - i).load(), mean, factor, w, offset);
+    if (bias != nullptr) value = _mm256_add_ps(value, Tail(bias + i, k - i).load());
+    store_tail(out + i, value, k - i);
+}
+
+void rms_norm(const float* x, const float* weight, float offset, float eps, float* out, int64_t k) {
+    Dot dot;
+    for (int64_t i = 0; i < k; i += 16) {
+        const Pair a(x + i, k - i);
+        dot.step(a.lo, a.hi, a.lo, a.hi);
+    }
+    const float factor = root_of_mean(tree1(dot.half()), k, eps);
+    const auto apply = weight != nullptr ? apply_norm<false, true> : apply_norm<false, false>;
+    apply(x, 0.0f, factor, weight, offset, nullptr, out, k);
+}
+
+void layer_norm(const float* x, const float* weight, float offset, const float* bias, float eps, float* out,
+                int64_t k) {
+    V lo = _mm256_setzero_ps(), hi = lo;
+    for (int64_t i = 0; i < k; i += 16) {
+        const Pair a(x + i, k - i);
+        lo = _mm256_add_ps(lo, a.lo);
+        hi = _mm256_add_ps(hi, a.hi);
+    }
+    const float mean = tree1(_mm256_add_ps(lo, hi)) / static_cast<float>(k);
+    const V center = _mm256_set1_ps(mean);
     Dot dot;
     int64_t i = 0;
     for (; i + 16 <= k; i += 16) {
-        const V lo = _mm256_loadu_ps(x + i), hi = _mm256_loadu_ps(x + i + 8);
-        dot.step(lo, hi, lo, hi);
+        const Pair a(x + i, 16);
+        const V d = _mm256_sub_ps(a.lo, center), e = _mm256_sub_ps(a.hi, center);
+        dot.step(d, e, d, e);
     }
     if (i < k) {
+        // Behind the row's end the difference is 0, not -mean.
         float tail[16] = {};
-        std::memcpy(tail, x + i, static_cast<size_t>(k - i) * 4);
-        const V lo = _mm256_loadu_ps(tail), hi = _mm256_loadu_ps(tail + 8);
-        dot.step(lo, hi, lo, hi);
+        for (int64_t j = i; j < k; j++) tail[j - i] = x[j] - mean;
+        const Pair a(tail, 16);
+        dot.step(a.lo, a.hi, a.lo, a.hi);
     }
-    const __m128 mean =
-        _mm_add_ss(_mm_div_ss(_mm_set_ss(tree1(dot.half())), _mm_set_ss(static_cast<float>(k))), _mm_set_ss(eps));
-    const float factor = 1.0f / _mm_cvtss_f32(_mm_sqrt_ss(mean));
-    const V wide = _mm256_set1_ps(factor);
-    for (i = 0; i + 8 <= k; i += 8)
-        _mm256_storeu_ps(out + i,
-                         _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), wide), _mm256_loadu_ps(weight + i)));
-    for (; i < k; i++) out[i] = x[i] * factor * weight[i];
+    const float factor = root_of_mean(tree1(dot.half()), k, eps);
+    const auto apply = weight != nullptr ? apply_norm<true, true> : apply_norm<true, false>;
+    apply(x, mean, factor, weight, offset, bias, out, k);
+}
+
+// To nearest even; a NaN keeps its upper bits and becomes quiet.
+inline __m128i narrow8(V value, int32_t type) {
+    if (type == DLB_FLOAT16) return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+}
+
+void finish(const float* x, const float* bias, const float* residual, int32_t type, void* y, int64_t n) {
+    const int64_t size = type == DLB_FLOAT32 ? 4 : 2;
+    uint8_t* out = static_cast<uint8_t*>(y);
+    for (int64_t i = 0; i < n; i += 8) {
+        const bool whole = i + 8 <= n;
+        const auto load = [&](const float* p) { return whole ? _mm256_loadu_ps(p + i) : Tail(p + i, n - i).load(); };
+        V value = load(x);
+        if (bias != nullptr) value = _mm256_add_ps(value, load(bias));
+        if (residual != nullptr) value = _mm256_add_ps(value, load(residual));
+        uint8_t tail[32];
+        uint8_t* to = whole ? out + i * size : tail;
+        if (type == DLB_FLOAT32)
+            _mm256_storeu_ps(reinterpret_cast<float*>(to), value);
+        else
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow8(value, type));
+        if (!whole) std::memcpy(out + i * size, tail, static_cast<size_t>((n - i) * size));
+    }
+}
+
+void scaled_sum(const float* a, const float* b, float w, float* out, int64_t n) {
+    const V wide = _mm256_set1_ps(w);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(a + i), _mm256_mul_ps(wide, _mm256_loadu_ps(b + i))));
+    for (; i < n; i++) out[i] = a[i] + w * b[i];
 }
 
 inline V widen8(const uint16_t* source, int32_t kv_type) {
@@ -274,6 +443,7 @@ void widen(const void* source, int32_t kv_type, float* out, int64_t n) {
 
 }  // namespace
 
-const FloatKernels float_avx2 = {scores, softmax, accumulate, merge, softcap, exp_all, silu_mul, rms_norm, widen};
+const FloatKernels float_avx2 = {scores,   softmax,  accumulate, merge,  softcap,    exp_all,
+                                 activate, rms_norm, layer_norm, finish, scaled_sum, widen};
 
 }  // namespace dlb

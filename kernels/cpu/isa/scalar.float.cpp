@@ -4,6 +4,8 @@
 
 #include "../exp_poly.h"
 #include "../float_kernels.h"
+#include "../fused.h"
+#include "../gelu_poly.h"
 
 namespace dlb {
 namespace {
@@ -88,24 +90,123 @@ void exp_all(const float* x, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i++) out[i] = exp_one(x[i]);
 }
 
-void silu_mul(const float* gate, const float* up, float* out, int64_t n) {
+float sigmoid(float x) {
+    const float t = exp_one(-std::fabs(x));
+    return (x < 0 ? t : 1.0f) / (1.0f + t);
+}
+
+float normal_distribution(float x) {
+    float a = std::fabs(x);
+    a = a > DLB_GELU_LARGEST ? DLB_GELU_LARGEST : a;
+    const float q = (a - DLB_GELU_CENTER) / (a + DLB_GELU_CENTER);
+    float y = DLB_GELU_P9 * q + DLB_GELU_P8;
+    y = y * q + DLB_GELU_P7;
+    y = y * q + DLB_GELU_P6;
+    y = y * q + DLB_GELU_P5;
+    y = y * q + DLB_GELU_P4;
+    y = y * q + DLB_GELU_P3;
+    y = y * q + DLB_GELU_P2;
+    y = y * q + DLB_GELU_P1;
+    y = y * q + DLB_GELU_P0;
+    const float tail = exp_one(-0.5f * a * a) * (y / (1.0f + a));
+    return x < 0 ? tail : 1.0f - tail;
+}
+
+float activate_one(int32_t activation, float x) {
+    if (activation == DLB_ACT_SILU) return x * sigmoid(x);
+    if (activation == DLB_ACT_GELU_ERF) return x * normal_distribution(x);
+    if (activation == DLB_ACT_GELU_TANH) return x * sigmoid(x * (DLB_GELU_TANH_C1 + DLB_GELU_TANH_C2 * (x * x)));
+    if (activation == DLB_ACT_QUICK_GELU) return x * sigmoid(DLB_QUICK_GELU_C * x);
+    if (activation == DLB_ACT_RELU) return x < 0 ? 0.0f : x;
+    if (activation == DLB_ACT_SIGMOID) return sigmoid(x);
+    return x;
+}
+
+void activate(int32_t activation, const float* x, const float* up, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        const float x = gate[i], t = exp_one(-std::fabs(x));
-        out[i] = x * ((x < 0 ? t : 1.0f) / (1.0f + t)) * up[i];
+        const float value = activate_one(activation, x[i]);
+        out[i] = up != nullptr ? value * up[i] : value;
     }
 }
 
-void rms_norm(const float* x, const float* weight, float eps, float* out, int64_t k) {
+// 1 / sqrt(mean of squares of x - mean + eps)
+float norm_factor(const float* x, float mean, float eps, int64_t k) {
     float lane[LANES] = {};
-    for (int64_t i = 0; i < k; i++) lane[i % LANES] = lane[i % LANES] + x[i] * x[i];
-    const float factor = 1.0f / std::sqrt(tree(lane) / static_cast<float>(k) + eps);
-    for (int64_t i = 0; i < k; i++) out[i] = x[i] * factor * weight[i];
+    for (int64_t i = 0; i < k; i++) {
+        const float d = x[i] - mean;
+        lane[i % LANES] = lane[i % LANES] + d * d;
+    }
+    return 1.0f / std::sqrt(tree(lane) / static_cast<float>(k) + eps);
+}
+
+void apply_norm(const float* x, float mean, float factor, const float* weight, float offset, const float* bias,
+                float* out, int64_t k) {
+    for (int64_t i = 0; i < k; i++) {
+        float value = (x[i] - mean) * factor;
+        if (weight != nullptr) value = value * (weight[i] + offset);
+        if (bias != nullptr) value = value + bias[i];
+        out[i] = value;
+    }
+}
+
+void rms_norm(const float* x, const float* weight, float offset, float eps, float* out, int64_t k) {
+    apply_norm(x, 0.0f, norm_factor(x, 0.0f, eps, k), weight, offset, nullptr, out, k);
+}
+
+void layer_norm(const float* x, const float* weight, float offset, const float* bias, float eps, float* out,
+                int64_t k) {
+    float lane[LANES] = {};
+    for (int64_t i = 0; i < k; i++) lane[i % LANES] = lane[i % LANES] + x[i];
+    const float mean = tree(lane) / static_cast<float>(k);
+    apply_norm(x, mean, norm_factor(x, mean, eps, k), weight, offset, bias, out, k);
+}
+
+uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
 }
 
 float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+
+uint16_t narrow_bfloat(float value) {
+    const uint32_t bits = bits_of(value);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+}
+
+uint16_t narrow_half(float value) {
+    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7FFFFFFFu;
+    uint32_t half;
+    if (rest > 0x7F800000u)
+        half = 0x7E00u | (rest >> 13 & 0x3FFu);
+    else if (rest >= 0x477FF000u)  // 65520 and above round to infinity
+        half = 0x7C00u;
+    else if (rest < 0x38800000u)  // below 2^-14: adding 1/2 leaves multiples of 2^-24 in the low bits
+        half = bits_of(from_bits(rest) + 0.5f) - 0x3F000000u;
+    else
+        half = (rest - 0x38000000u + 0xFFFu + (rest >> 13 & 1u)) >> 13;
+    return static_cast<uint16_t>(sign | half);
+}
+
+void finish(const float* x, const float* bias, const float* residual, int32_t type, void* y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float value = x[i];
+        if (bias != nullptr) value = value + bias[i];
+        if (residual != nullptr) value = value + residual[i];
+        if (type == DLB_FLOAT32)
+            static_cast<float*>(y)[i] = value;
+        else
+            static_cast<uint16_t*>(y)[i] = type == DLB_FLOAT16 ? narrow_half(value) : narrow_bfloat(value);
+    }
+}
+
+void scaled_sum(const float* a, const float* b, float w, float* out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) out[i] = a[i] + w * b[i];
 }
 
 float widen_half(uint16_t h) {
@@ -129,6 +230,7 @@ void widen(const void* source, int32_t kv_type, float* out, int64_t n) {
 
 }  // namespace
 
-const FloatKernels float_scalar = {scores, softmax, accumulate, merge, softcap, exp_all, silu_mul, rms_norm, widen};
+const FloatKernels float_scalar = {scores,   softmax,  accumulate, merge,  softcap,    exp_all,
+                                   activate, rms_norm, layer_norm, finish, scaled_sum, widen};
 
 }  // namespace dlb

@@ -1,0 +1,121 @@
+// Sums of products inside each of the eight segments, then the tree: the experts of a row, and attention plus MLP of a
+// parallel block. Every rank that holds whole segments computes a subtree of the same tree (docs/numerics.md).
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "float_kernels.h"
+#include "layout.h"
+#include "linear_jobs.h"
+#include "threadpool.h"
+
+namespace dlb {
+namespace {
+
+constexpr int64_t kTileFloats = 4096;            // segments of a few rows on their way into the sums
+constexpr int64_t kPanelsBytes = 256 << 10;      // weights of all terms that a thread takes at a time
+constexpr int64_t kActivationBytes = 256 << 10;  // activations that stay in a core's L2 cache
+constexpr int64_t kSerialWork = 1 << 16;         // multiplications below which waking others costs more than it saves
+
+struct Sum {
+    const SegmentTerm* terms;
+    int64_t count, m, n;
+    const dlb_rows_out& out;
+    const FloatKernels& kernels;
+    int64_t m_step, panel_step, panels, panel_tasks;
+};
+
+void cut_tasks(Sum* sum) {
+    int64_t panel_bytes = 1, token_bytes = 1;
+    bool listed = false;
+    for (int64_t i = 0; i < sum->count; ++i) {
+        const LinearView& w = sum->terms[i].job.weight.view;
+        panel_bytes += w.panel_bytes;
+        token_bytes = std::max(token_bytes, sum->terms[i].job.weight.codes != nullptr ? w.k : w.k * 4);
+        listed |= sum->terms[i].row != nullptr;
+    }
+    const int64_t fit = kActivationBytes / token_bytes;
+    // Rows that are listed by term are all taken at once: the term's weights are then read once.
+    sum->m_step = listed || sum->m <= fit ? sum->m : std::max<int64_t>(24, fit / 24 * 24);
+    sum->panels = ceil_div(sum->n, kPanelRows);
+    const int64_t columns = kTileFloats / kSegments / std::min<int64_t>(sum->m_step, 32);
+    sum->panel_step = std::max<int64_t>(1, std::min(columns / kPanelRows, kPanelsBytes / panel_bytes));
+    sum->panel_tasks = ceil_div(sum->panels, sum->panel_step);
+}
+
+// Add a term's segments, from a tile [rows][segments][width], to the sums of the rows they belong to.
+void add_tile(const Sum& sum, const SegmentTerm& term, const float* tile, int64_t first, int64_t rows, int64_t m0,
+              int64_t width, float* acc) {
+    const LinearView& w = term.job.weight.view;
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = (term.row != nullptr ? term.row[first + i] : first + i) - m0;
+        const float factor = term.factor != nullptr ? term.factor[first + i] : 1.0f;
+        for (int s = 0; s < kSegments;) {
+            int end = s;
+            while (end < kSegments && w.cuts[end] < w.cuts[end + 1]) ++end;
+            const int64_t at = s * width, size = (end - s) * width;
+            float* to = acc + row * kSegments * width + at;
+            if (end > s) sum.kernels.scaled_sum(to, tile + i * kSegments * width + at, factor, to, size);
+            s = end + 1;
+        }
+    }
+}
+
+void add_term(const Sum& sum, const SegmentTerm& term, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* acc) {
+    float tile[kTileFloats];
+    const int64_t width = (p1 - p0) * kPanelRows, chunk = kTileFloats / kSegments / width;
+    // Columns beyond N are added too, and never stored: let them be numbers.
+    if (p1 == sum.panels && sum.n % kPanelRows != 0) memset(tile, 0, sizeof tile);
+    const int64_t first = term.row != nullptr ? 0 : m0, last = term.row != nullptr ? term.job.m : m1;
+    for (int64_t i = first; i < last; i += chunk) {
+        const int64_t end = std::min(last, i + chunk);
+        run_tile(term.job, p0, p1, i, end, {tile, kSegments * width, width});
+        add_tile(sum, term, tile, i, end - i, m0, width, acc);
+    }
+}
+
+// In place: the tree over the segments of one row, into the first.
+void add_tree(float* acc, int64_t width) {
+    for (int step = 1; step < kSegments; step *= 2)
+        for (int s = 0; s < kSegments; s += 2 * step)
+            for (int64_t i = 0; i < width; ++i) acc[s * width + i] = acc[s * width + i] + acc[(s + step) * width + i];
+}
+
+bool run_task(const Sum& sum, int64_t task) {
+    const int64_t p0 = task % sum.panel_tasks * sum.panel_step, p1 = std::min(sum.panels, p0 + sum.panel_step);
+    const int64_t m0 = task / sum.panel_tasks * sum.m_step, m1 = std::min(sum.m, m0 + sum.m_step);
+    const int64_t width = (p1 - p0) * kPanelRows, bytes = (m1 - m0) * kSegments * width * 4;
+    float* acc = static_cast<float*>(task_scratch().get(bytes));
+    if (acc == nullptr) return false;
+    memset(acc, 0, static_cast<size_t>(bytes));
+    for (int64_t i = 0; i < sum.count; ++i) add_term(sum, sum.terms[i], p0, p1, m0, m1, acc);
+    const int64_t first = p0 * kPanelRows, columns = std::min(sum.n - first, width);
+    for (int64_t i = m0; i < m1; ++i) {
+        float* row = acc + (i - m0) * kSegments * width;
+        add_tree(row, width);
+        const dlb_rows_out out = out_at(sum.out, i, first);
+        sum.kernels.finish(row, out.bias, out.residual, out.y_type, out.y, columns);
+    }
+    return true;
+}
+
+}  // namespace
+
+int sum_segments(const SegmentTerm* terms, int64_t count, int64_t m, int64_t n, const dlb_rows_out& out) {
+    if (m <= 0 || n <= 0) return DLB_OK;
+    Sum sum = {terms, count, m, n, out, float_kernels(), 0, 0, 0, 0};
+    cut_tasks(&sum);
+    int64_t work = 0;
+    for (int64_t i = 0; i < count; ++i) work += n * terms[i].job.weight.view.k * terms[i].job.m;
+    const int64_t tasks = sum.panel_tasks * ceil_div(m, sum.m_step);
+    std::atomic<bool> failed{false};
+    auto body = [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task)
+            if (!run_task(sum, task)) failed.store(true);
+    };
+    parallel(tasks, work < kSerialWork ? tasks : 1, body);
+    return failed.load() ? DLB_NO_MEMORY : DLB_OK;
+}
+
+}  // namespace dlb

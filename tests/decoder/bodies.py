@@ -1,0 +1,47 @@
+"""What the ranks of tests/decoder do. Each body runs on every rank and returns JSON values; tensors go to files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dist_lowbit.comm import init_group
+from tests.comm.harness import Job
+from tests.decoder.runs import FORCED, PROMPT, SHORT, TEXT, Runner, run_alone, run_in_company, tiny_program
+from tests.e2e.bodies import digest
+
+STEPS = [len(PROMPT)] + [1] * len(FORCED)
+
+
+@torch.inference_mode()
+def close_to_exact(job: Job) -> Any:
+    """Run each family in fp16 weights and fp32: a prompt and given tokens, then a batch of two lengths."""
+    with init_group() as group:
+        for name in job.args["families"]:
+            _, program = tiny_program(name, "fp16", "fp32", group)
+            for executor in job.args["executors"]:
+                found = {"text": run_alone(program, executor, TEXT, STEPS)}
+                _, short = Runner(program, executor, 2).step([(0, PROMPT), (1, SHORT)])
+                found["short"] = short.contiguous()
+                if group.rank == 0:
+                    save_file(found, str(job.folder / f"{name} {executor}.safetensors"))
+    return None
+
+
+@torch.inference_mode()
+def same_bits(job: Job) -> Any:
+    """Run each family in sym_int4 in several ways; return the digests of its logits."""
+    result: dict[str, dict[str, str]] = {}
+    with init_group() as group:
+        for name in job.args["families"]:
+            _, program = tiny_program(name, "sym_int4", "int8", group)
+            for executor in job.args["executors"]:
+                result[f"{name} {executor}"] = {
+                    "alone": digest(run_alone(program, executor, TEXT, STEPS)),
+                    "whole": digest(run_alone(program, executor, TEXT, [len(TEXT)])),
+                    "chunks": digest(run_alone(program, executor, TEXT, [5, 1, 7, 3])),
+                    "company": digest(run_in_company(program, executor, TEXT, [6, 1, 6, 1, 2])),
+                }
+    return result
