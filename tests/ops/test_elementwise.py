@@ -12,8 +12,10 @@ from native_kernels import each_isa, library, threads
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.ops import arithmetic as ar
 from dist_lowbit.ops import elementwise as el
+from dist_lowbit.ops import fused
 
 U = 2.0**-24
+GELU_C = 2 * math.sqrt(2 / math.pi)
 
 
 def _exp_range() -> torch.Tensor:
@@ -75,19 +77,150 @@ def test_rms_norm_keeps_its_bound(k: int) -> None:
     assert bool(((el.rms_norm(x, w, 1e-5).double() - exact).abs() <= bound).all())
 
 
+def _activation_range() -> torch.Tensor:
+    return torch.cat([torch.linspace(-100, 100, 20001), torch.randn(5000), torch.logspace(-30, 30, 300)])
+
+
+def _relative(kind: str, x: torch.Tensor) -> torch.Tensor:
+    """Return the derived relative error of an activation at x (fp64), in u."""
+    inner = {"gelu_tanh": x * (GELU_C + 0.044715 * GELU_C * x * x), "quick_gelu": 1.702 * x}.get(kind, x)
+    # The argument errs by 5 u (tanh form: x x, c2, its product; the sum; the product) or 2 u (c, the product), a
+    # sigmoid's relative derivative is 1 - sigmoid; then 5.1 u of the sigmoid itself and the product.
+    argument = {"gelu_tanh": 5.0, "quick_gelu": 2.0}.get(kind, 0.0)
+    if kind == "gelu":
+        return 11 + x * x / 2  # normal_distribution and the product
+    return argument * inner.abs() * torch.sigmoid(-inner) + 6.1
+
+
+@pytest.mark.parametrize("kind", list(ar.ACTIVATIONS))
+def test_activations_keep_their_bound(kind: str) -> None:
+    x = _activation_range()
+    wide = x.double()
+    exact = {
+        "none": lambda v: v,
+        "silu": torch.nn.functional.silu,
+        # torch's fp64 gelu cancels at negative x; erfc does not.
+        "gelu": lambda v: v * torch.special.erfc(-v / math.sqrt(2)) / 2,
+        "gelu_tanh": lambda v: v * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)),
+        "quick_gelu": lambda v: v * torch.sigmoid(1.702 * v),
+        "relu": torch.relu,
+        "sigmoid": torch.sigmoid,
+    }[kind](wide)
+    # Where the exponential is 0, at most |x| exp(-87) is missing; and a product below 2^-126 rounds by 2^-150.
+    least = (wide.abs() + 1) * (math.exp(-87) + 2.0**-149)
+    bound = 1.05 * U * _relative(kind, wide) * exact.abs() + least
+    assert bool(((el.activation(x, kind).double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("kind", list(ar.ACTIVATIONS))
+def test_activations_at_their_ends(kind: str) -> None:
+    ends = torch.tensor([0.0, -0.0, math.inf, math.nan])
+    got = el.activation(ends, kind)
+    assert got[:2].tolist() == ([0.5, 0.5] if kind == "sigmoid" else [0.0, 0.0])
+    assert float(got[2]) == (1.0 if kind == "sigmoid" else math.inf)
+    assert got[3].isnan()
+
+
+@pytest.mark.parametrize("k", [1, 15, 16, 100, 257, 4096])
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_layer_norm_keeps_its_bound(k: int, shift: float) -> None:
+    x, w, b = torch.randn(3, k) * 5 + shift, torch.randn(k), torch.randn(k)
+    wide, eps = x.double(), 1e-5
+    d = wide - wide.mean(-1, keepdim=True)
+    sigma = (d.square().mean(-1, keepdim=True) + eps).sqrt()
+    y = d / sigma * w.double()
+    # The mean errs by its sum's and the division's roundings; so does d, and by its own. By Cauchy and Schwarz the root
+    # of the mean square errs by no more than d does on average, relative to sigma, and by half its sum's roundings.
+    c = math.ceil(k / 16) + 5
+    error = c * U * wide.abs().mean(-1, keepdim=True) + U * d.abs()
+    factor = error.square().mean(-1, keepdim=True).sqrt() / sigma + ((c + 2) / 2 + 4) * U
+    bound = 1.05 * (error / sigma * w.double().abs() + factor * y.abs() + U * (y + b.double()).abs())
+    assert bool(((el.layer_norm(x, w, b, eps).double() - (y + b.double())).abs() <= bound).all())
+
+
+SHAPES = [(1, 1), (3, 7), (2, 5, 100), (9, 1000), (1, 4096)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 100), (40, 1024), (1, 4096)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_cpp_has_the_bits_of_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, y, w = (torch.randn(shape) * 8).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
-    silu = (ar.ACTIVATIONS["silu"](x.float()) * y.float()).to(dtype)
-    norm = ar.rms_norm(x.float(), w.float(), 1e-6).to(dtype)
+    a, b, c = x.float(), y.float(), w.float()
+    gate = y[..., :1]
+    steps = [
+        *[(lambda kind=kind: el.gated(x, y, kind), act(a) * b) for kind, act in ar.ACTIVATIONS.items()],
+        *[(lambda kind=kind: el.activation(x, kind), act(a)) for kind, act in ar.ACTIVATIONS.items()],
+        (lambda: el.rms_norm(x, w, 1e-6), ar.rms_norm(a, c, 1e-6)),
+        (lambda: el.rms_norm(x, w, 1e-6, 1.0), ar.rms_norm(a, c, 1e-6, 1.0)),
+        (lambda: el.rms_norm(x, None, 1e-6), ar.rms_norm(a, None, 1e-6)),
+        (lambda: el.layer_norm(x, w, w, 1e-6), ar.layer_norm(a, c, c, 1e-6)),
+        (lambda: el.layer_norm(x, w, None, 1e-6), ar.layer_norm(a, c, None, 1e-6)),
+        (lambda: el.layer_norm(x, None, None, 1e-6), ar.layer_norm(a, None, None, 1e-6)),
+        (lambda: el.sigmoid_add(x, y, gate), a + ar.sigmoid(gate.float()) * b),
+    ]
+    with each_isa() as isas:
+        for isa in {isas[0], isas[-1]}:  # those between have the last one's
+            library().dlb_isa_select(isa)
+            for count in (1, 2):
+                with threads(count):
+                    for i, (run, want) in enumerate(steps):
+                        assert torch.equal(run(), want.to(dtype)), f"step {i}, {isa}, {count} threads"
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (8, 2), (60, 4), (128, 8), (1024, 16)])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_route_has_the_bits_of_the_definition(experts: int, top_k: int, normalize: bool) -> None:
+    logits = torch.randn(37, experts) * 3
+    logits[5] = logits[5].round()  # ties
+    logits[6] = 0
+    ids, weights = ar.route(logits, top_k, normalize)
+    exact = logits.double().softmax(-1).gather(-1, ids.long())
+    # exp: 2 u, its argument's rounding times |logit - max| u, the sum the same and its roundings, the division; the
+    # sum of the chosen and another division.
+    spread = (logits.amax(-1) - logits.amin(-1)).double().unsqueeze(-1)
+    bound = (2 * (2 + spread) + math.ceil(experts / 16) + 5) * (2 if normalize else 1) + top_k + 1
+    exact = exact / exact.sum(-1, keepdim=True) if normalize else exact
+    assert bool(((weights.double() - exact).abs() <= 1.05 * U * bound * exact).all())
+    assert ids[6].tolist() == list(range(top_k))
     with each_isa() as isas:
         for isa in isas:
             library().dlb_isa_select(isa)
-            for count in (1, 2, 3):
-                with threads(count):
-                    assert torch.equal(el.silu_mul(x, y), silu)
-                    assert torch.equal(el.rms_norm(x, w, 1e-6), norm)
+            got = el.route(logits, top_k, normalize)
+            assert torch.equal(got[0], ids)
+            assert torch.equal(got[1], weights)
+
+
+def test_a_route_of_nan_is_a_valid_choice() -> None:
+    logits = torch.randn(3, 20)
+    logits[1, 4] = math.nan
+    ids, weights = el.route(logits, 4, True)
+    assert weights[1].isnan().all()
+    assert not weights[[0, 2]].isnan().any()
+    assert len(set(ids[1].tolist())) == 4
+    assert bool(((ids >= 0) & (ids < 20)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_are_cast_as_torch_casts(dtype: torch.dtype) -> None:
+    # Every exponent, both signs, and bits around the midpoints; and every number of the type with its neighbours.
+    bits = torch.arange(-(2**31), 2**31, 350029, dtype=torch.int64).to(torch.int32)
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    near = halves.view(torch.int32)
+    x = torch.cat(
+        [bits, near, near + 0x0FFF, near + 0x1000, near + 0x1001, near + 0x7FFF, near + 0x8000, near + 0x8001]
+    )
+    x = x.view(torch.float32)[: len(x) // 64 * 64].reshape(-1, 64)
+    want = x.to(dtype)
+    nan = want.isnan()
+    with each_isa() as isas:
+        found = []
+        for isa in isas:
+            library().dlb_isa_select(isa)
+            got = fused.rows_apply(fused.Rows(x), fused.Finish(dtype=dtype))
+            assert torch.equal(got.isnan(), nan)
+            assert torch.equal(got[~nan], want[~nan])
+            found.append(got.view(torch.int16))
+        assert all(torch.equal(one, found[0]) for one in found)  # NaN too
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
@@ -101,5 +234,13 @@ def test_wrong_shapes_and_gradients_are_refused() -> None:
         el.silu_mul(torch.zeros(3), torch.zeros(4))
     with pytest.raises(UsageError, match="weight of shape"):
         el.rms_norm(torch.zeros(2, 3), torch.zeros(4), 1e-6)
+    with pytest.raises(UsageError, match="layer_norm got a bias of shape"):
+        el.layer_norm(torch.zeros(2, 3), None, torch.zeros(4), 1e-6)
+    with pytest.raises(UsageError, match="there is no activation 'swish'"):
+        el.activation(torch.zeros(3), "swish")
+    with pytest.raises(UsageError, match="gate with a last axis of 1"):
+        el.sigmoid_add(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))
+    with pytest.raises(UsageError, match="top_k <= E <= 1024"):
+        el.route(torch.zeros(2, 3), 4, False)
     with pytest.raises(UsageError, match="no gradient"):
         el.silu_mul(torch.ones(3, requires_grad=True), torch.ones(3)).sum().backward()

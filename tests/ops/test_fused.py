@@ -89,8 +89,13 @@ def finishes(m: int, n: int, generator: torch.Generator) -> list[Finish]:
     ]  # fmt: skip
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("m", "k"), [(1, 200), (5, 33), (40, 200), (2, 4500)])
+@pytest.mark.parametrize(
+    ("m", "k"), [(5, 33), pytest.param(1, 200, marks=SLOW), pytest.param(40, 200, marks=SLOW), (2, 4500)]
+)
 def test_a_fused_call_has_the_bits_of_its_steps(m: int, k: int, kind: str, generator: torch.Generator) -> None:
     n = 37 if k < 4096 else 3
     packed = [pack(weight) for weight in weights(n, k, generator)]
@@ -175,8 +180,8 @@ def rank_tree(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0]
 
 
-@pytest.mark.parametrize("format", ["sym_int4", "asym_int4", "fp16"])
-@pytest.mark.parametrize("m", [1, 7, 70])
+@pytest.mark.parametrize("format", ["sym_int4", pytest.param("asym_int4", marks=SLOW), "fp16"])
+@pytest.mark.parametrize("m", [1, pytest.param(7, marks=SLOW), 70])
 def test_a_sum_of_products_is_formed_inside_the_segments(format: str, m: int, generator: torch.Generator) -> None:
     n, sizes = 21, (160, 576, 2000)
     matrices = [quantize(torch.randn(n, k, generator=generator), format, 32) for k in sizes]
@@ -245,8 +250,10 @@ def routed(m: int, experts: int, slots: int, generator: torch.Generator) -> tupl
     return ids, torch.cat([torch.rand(m, 1, generator=generator), chosen], 1)
 
 
-@pytest.mark.parametrize("layout", ["stacked", "gated", "plain"])
-@pytest.mark.parametrize("format", ["sym_int4", "asym_int5", "nf4", "fp16", "bf16", "fp8_e4m3"])
+@pytest.mark.parametrize("layout", ["stacked", pytest.param("gated", marks=SLOW), pytest.param("plain", marks=SLOW)])
+@pytest.mark.parametrize(
+    "format", ["sym_int4", "fp16", *[pytest.param(f, marks=SLOW) for f in ("asym_int5", "nf4", "bf16", "fp8_e4m3")]]
+)
 def test_experts_have_the_bits_of_the_definition(format: str, layout: str, generator: torch.Generator) -> None:
     experts, kind = Experts(format, layout, generator), "gelu_tanh" if layout == "plain" else "silu"
     for isa in isa_names() if layout == "stacked" else isa_names()[-1:]:
