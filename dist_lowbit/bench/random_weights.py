@@ -15,6 +15,7 @@ from dist_lowbit.formats.packed import part_layout
 # Of a row's K weights, each uniform over its codes: about 0.6 of the extent. Twice the extent over sqrt(K) gives
 # outputs of the size of the inputs, so that a model of such weights keeps its activations in range.
 _GAIN = 2.0
+_SLICE = 1 << 20  # elements
 
 
 def generator(*names: object) -> np.random.Generator:
@@ -45,16 +46,25 @@ def _planes(row: Format, shape: tuple[int, int], rng: np.random.Generator) -> li
     return split_planes(torch.tensor(legal, dtype=torch.uint8)[drawn], row.planes)
 
 
+def _uniform(rng: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype, extent: float) -> torch.Tensor:
+    """Return values uniform in +-extent, drawn and cast some rows at a time: no fp32 matrix beside the result."""
+    out = torch.empty(shape, dtype=dtype)
+    step = max(1, _SLICE // shape[1])
+    for start in range(0, shape[0], step):
+        rows = out[start : start + step]
+        rows.copy_(_bytes(rng, (len(rows), 2 * shape[1])).view(torch.int16).float().mul_(extent / (1 << 15)))
+    return out
+
+
 def random_weight(row: Format, shape: tuple[int, int], group_size: int, rng: np.random.Generator) -> PackedWeight:
     """Return a weight (N, K) of random codes and scales; a product with it has about the size of its input.
 
-    Cost: a pass over the bytes of the result (casts, and codes that leave some out: over its elements).
+    Cost: a pass over the bytes of the result (over its elements for codes that leave some out).
     """
     layout = part_layout(row, shape, group_size)
     size = _GAIN / math.sqrt(shape[1])
     if row.dtype is not None:
-        values = random_normal(rng, shape, 1 / math.sqrt(shape[1])).to(row.dtype)
-        return PackedWeight.from_tensors(row, shape, group_size, {"values": values})
+        return PackedWeight.from_tensors(row, shape, group_size, {"values": _uniform(rng, shape, row.dtype, size)})
     parts = {f"plane{i}": plane for i, plane in enumerate(_planes(row, shape, rng))}
     for name, part in layout.items():
         if name == "scale":

@@ -15,17 +15,31 @@ def start_ranks(directory: Path, ranks: int | None, bind: str, words: Sequence[s
     directory: the low-bit language model to run. ranks: what -n said. words: the command line; the ranks read the same.
     Rank 0 has this terminal. What does not fit is a UsageError, before anything heavy is imported or started.
     """
+    check_settings()
+    _check_model(directory)
+    if ranks is not None and not started():
+        _check_ranks(directory, ranks)
+    return launch_ranks(ranks, bind, words)
+
+
+def started() -> bool:
+    """Return whether a launcher started this process."""
     from dist_lowbit.core.rank import discover
 
-    here = discover(os.environ)
-    _check_settings()
-    _check_model(directory)
-    if here.source != "none":  # a launcher started this process
-        if ranks not in (None, here.world_size):
-            raise UsageError(f"-n is {ranks}, but this job has {here.world_size} rank(s); leave -n out inside a job")
+    return discover(os.environ).source != "none"
+
+
+def launch_ranks(ranks: int | None, bind: str, words: Sequence[str], option: str = "-n") -> int | None:
+    """Run a command line once per rank (see start_ranks); `option` is the name under which ranks were asked for."""
+    from dist_lowbit.core.rank import discover
+
+    if started():
+        size = discover(os.environ).world_size
+        if ranks not in (None, size):
+            raise UsageError(f"{option} is {ranks}, but this job has {size} rank(s); leave {option} out inside a job")
         return None
-    if ranks is not None:
-        _check_ranks(directory, ranks)
+    if ranks is not None and ranks < 1:
+        raise UsageError(f"{option} is {ranks}; expected at least 1 rank")
     if ranks in (None, 1) and bind in ("none", "auto"):
         return None
 
@@ -34,7 +48,7 @@ def start_ranks(directory: Path, ranks: int | None, bind: str, words: Sequence[s
     return launch(["-n", str(ranks or 1), "--bind", bind, "--no-prefix", "-m", "dist_lowbit.cli", *words])
 
 
-def _check_settings() -> None:
+def check_settings() -> None:
     """Refuse settings that only a rank would meet, after seconds of loading."""
     from dist_lowbit.comm.backends import BACKENDS
     from dist_lowbit.core.native import native

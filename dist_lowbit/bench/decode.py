@@ -1,0 +1,229 @@
+"""Measure a whole model: the prompt, then one token at a time, beside Hugging Face's generate and llama.cpp."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dist_lowbit import ops
+from dist_lowbit.assembly.mode import Mode
+from dist_lowbit.comm import Group
+from dist_lowbit.core.errors import UsageError
+from dist_lowbit.decoder.backbone import FusedBackbone
+from dist_lowbit.engine.generate import peak_rss
+from dist_lowbit.engine.loop import DecodeLoop, backbone_of
+from dist_lowbit.formats.packed import part_layout
+from dist_lowbit.parallel import LowBitLinear
+from dist_lowbit.parallel.experts import ExpertStack
+
+from .machine import MemoryReader, kernels_on, require_kernels
+from .random_model import make_model
+from .random_weights import generator
+from .runners import ForwardLoop, GenerateRunner, LlamaCpp, LoopRunner, Prompts, Runner, Times
+from .shapes import config_of
+
+_WARM = 2  # tokens of the run that makes a way's caches and wakes its threads
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to measure. threads: of each rank. prompt, new: tokens of each of `batch` sequences. rounds: of turns."""
+
+    shape: str
+    low_bit: str | None = None
+    group_size: int | None = None
+    threads: int = 1
+    prompt: int = 256
+    new: int = 64
+    batch: int = 1
+    peer: bool = False
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Line:
+    """One result; benchmarks/README.md explains each field."""
+
+    shape: str
+    low_bit: str
+    group_size: int
+    how: str
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    ttft_ms: float
+    itl_p50_ms: float
+    itl_p90_ms: float
+    itl_p99_ms: float
+    peak_rss_bytes: int
+    read_gbps: float
+    fraction_of_read: float
+    outside_kernels_fraction: float | None
+    threads: int
+    tp: int
+    batch: int
+    prompt: int
+    new: int
+    peer: str | None
+    slowest_decode_tokens_per_s: float
+    fastest_decode_tokens_per_s: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A runner with what is known of it: its weights' form, and the bytes that a step reads and that it holds at most.
+
+    Both are sums over all ranks.
+    """
+
+    runner: Runner
+    low_bit: str
+    group_size: int
+    step_bytes: int
+    peak_rss_bytes: int
+
+
+def run(what: Run, group: Group, mode: Mode, read_bytes: int | None = None) -> Iterator[Line]:
+    """Build the model, measure every way to run it in turns, and yield a line for each, on all ranks.
+
+    All ranks must call together. Ours come first: the decoder's own loop where the model runs on it, else Hugging
+    Face's forward; then generate(), then the peer. Cost: the model, a gigabyte to read (read_bytes, for
+    tests), and the peer's own model.
+    """
+    require_kernels()
+    ops.limit_torch()  # this process is ours: the cores belong to the kernels' own pool
+    _check(what)
+    with kernels_on(None, what.threads) as plan, ExitStack() as stack:
+        subject = make_model(what.shape, what.low_bit, what.group_size, group, mode)
+        prompts = _prompts(what, int(subject.config.vocab_size))
+        ours: list[Runner] = [own_loop(subject.model), GenerateRunner(subject.model)]
+        for runner in ours:
+            runner.run(prompts, _WARM)
+        own = _sum(group, weight_bytes(subject.model, what.batch))
+        peak = _sum(group, peak_rss())  # before the buffer that bandwidth is measured with
+        entrants = [Entrant(runner, subject.low_bit, subject.group_size, own, peak) for runner in ours]
+        if what.peer:
+            cpus = [int(cpu) for cpus in group.gather_object(list(plan.cpus)) for cpu in cpus]
+            rows = what.prompt + what.new
+            peer = stack.enter_context(LlamaCpp(subject.config.to_dict(), group, cpus, rows, what.batch))
+            peer.run(prompts, _WARM)
+            size, held = _sum(group, peer.weight_bytes), _sum(group, peer.peak_rss())
+            entrants.append(Entrant(peer, "q4_0", 32, size, held))
+        yield from _measure(what, group, entrants, prompts, MemoryReader(read_bytes))
+
+
+def own_loop(model: nn.Module) -> LoopRunner:
+    """Return the decoder's own loop over a model, or one over its forward where Hugging Face's runs it."""
+    if any(isinstance(module, FusedBackbone) for module in model.children()):
+        backbone = backbone_of(model)
+        return LoopRunner(f"decoder {backbone.executor.name}", DecodeLoop(backbone))
+    return LoopRunner("forward", ForwardLoop(model))
+
+
+def weight_bytes(model: nn.Module, batch: int) -> int:
+    """Return the bytes of this rank's matrices that a step of one token each reads, in their format.
+
+    Without the embedding, of which a step reads a row, and the cache. Of experts: as many as `batch` tokens choose
+    on average, each top_k of E with equal chances: E (1 - (1 - top_k / E)^batch).
+    """
+    total = 0.0
+    for module in model.modules():
+        if isinstance(module, LowBitLinear):
+            total += _bytes(module.spec)
+        elif isinstance(module, ExpertStack):
+            chosen = int(getattr(model.config, "num_experts_per_tok", module.experts))
+            total += module.experts * (1 - (1 - chosen / module.experts) ** batch) * _bytes(module.spec)
+    return int(total)
+
+
+def _bytes(spec: ops.LinearSpec) -> int:
+    layout = part_layout(spec.format, (spec.n, spec.k), spec.group_size)
+    return sum(part.shape[0] * part.shape[1] * part.dtype.itemsize for part in layout.values())
+
+
+def _check(what: Run) -> None:
+    for name in ("prompt", "new", "batch", "rounds"):
+        least = 2 if name == "new" else 1  # one new token has no time between tokens
+        if getattr(what, name) < least:
+            raise UsageError(f"--{name} is {getattr(what, name)}; expected {least} or more")
+    limit = getattr(config_of(what.shape), "max_position_embeddings", None)
+    if limit is not None and what.prompt + what.new > limit:
+        raise UsageError(f"--prompt {what.prompt} and --new {what.new} exceed the {limit} tokens of {what.shape}")
+
+
+def _prompts(what: Run, vocab: int) -> Prompts:
+    rng = generator("prompts", what.batch, what.prompt)
+    found: list[list[int]] = rng.integers(0, vocab, size=(what.batch, what.prompt)).tolist()
+    return found
+
+
+def _sum(group: Group, value: int) -> int:
+    answers: list[Any] = group.gather_object(value)
+    return sum(answers)
+
+
+def _read(group: Group, reader: MemoryReader) -> float:
+    """Return the 10^9 bytes a second that all ranks read together, each with its threads at the same time."""
+    group.barrier()
+    answers: list[Any] = group.gather_object(statistics.median(reader.gbps()))
+    return float(sum(answers))
+
+
+def _measure(
+    what: Run, group: Group, entrants: Sequence[Entrant], prompts: Prompts, reader: MemoryReader
+) -> Iterator[Line]:
+    """Alternate: read memory, run the first, read memory, run the next, and so on, round by round."""
+    times: list[list[Times]] = [[] for _ in entrants]
+    reads: list[list[float]] = [[] for _ in entrants]
+    for _ in range(what.rounds):
+        before = _read(group, reader)
+        for entrant, took, read in zip(entrants, times, reads, strict=True):
+            group.barrier()
+            took.append(entrant.runner.run(prompts, what.new))
+            after = _read(group, reader)
+            read += [before, after]
+            before = after
+    for entrant, took, read in zip(entrants, times, reads, strict=True):
+        yield _line(what, group.size, entrant, took, statistics.median(read))
+
+
+def _line(what: Run, tp: int, entrant: Entrant, took: Sequence[Times], read_gbps: float) -> Line:
+    first = statistics.median(each.first for each in took)
+    steps = sorted(step * 1e3 for each in took for step in each.steps)
+    rates = sorted(what.batch * len(each.steps) / sum(each.steps) for each in took)
+    rate = statistics.median(rates)
+    return Line(
+        shape=what.shape,
+        low_bit=entrant.low_bit,
+        group_size=entrant.group_size,
+        how=entrant.runner.how,
+        prefill_tokens_per_s=round(what.batch * what.prompt / first, 2),
+        decode_tokens_per_s=round(rate, 3),
+        ttft_ms=round(first * 1e3, 3),
+        itl_p50_ms=round(percentile(steps, 50), 3),
+        itl_p90_ms=round(percentile(steps, 90), 3),
+        itl_p99_ms=round(percentile(steps, 99), 3),
+        peak_rss_bytes=entrant.peak_rss_bytes,
+        read_gbps=round(read_gbps, 3),
+        fraction_of_read=round(entrant.step_bytes * rate / what.batch / 1e9 / read_gbps, 4),
+        outside_kernels_fraction=None,
+        threads=what.threads,
+        tp=tp,
+        batch=what.batch,
+        prompt=what.prompt,
+        new=what.new,
+        peer=entrant.runner.peer,
+        slowest_decode_tokens_per_s=round(rates[0], 3),
+        fastest_decode_tokens_per_s=round(rates[-1], 3),
+        rounds=what.rounds,
+    )
+
+
+def percentile(ranked: Sequence[float], percent: int) -> float:
+    """Return the smallest of some ranked values that so many percent of them do not exceed."""
+    return ranked[max(0, -(-len(ranked) * percent // 100) - 1)]

@@ -1,0 +1,181 @@
+"""The ways to run one prompt and decode greedily after it, each timed step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import nn
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+
+from dist_lowbit.assembly.together import together
+from dist_lowbit.comm import Group
+from dist_lowbit.core.settings import settings
+
+from .child import Child
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds: of the prompt and the first token, and of each further step."""
+
+    first: float
+    steps: list[float]
+
+
+class Runner(Protocol):
+    """A way to run. All ranks call `run` together, with the same prompts of one length."""
+
+    @property
+    def how(self) -> str: ...
+    @property
+    def peer(self) -> str | None: ...
+
+    def run(self, prompts: Prompts, new: int) -> Times:
+        """Run prompts and `new` tokens after each, the most likely ones."""
+        ...
+
+
+class Loop(Protocol):
+    """Sequences that grow together by their most likely tokens: engine.loop.DecodeLoop, or the one below."""
+
+    def start(self, prompts: Prompts) -> list[int]: ...
+    def go_on(self, tokens: Sequence[int]) -> list[int]: ...
+
+
+class ForwardLoop:
+    """Call a Hugging Face model's forward step by step, with its own cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._cache = model, DynamicCache()
+
+    def start(self, prompts: Prompts) -> list[int]:
+        """Begin anew and return the token after each prompt."""
+        self._cache = DynamicCache()
+        return self._step(torch.tensor(prompts))
+
+    def go_on(self, tokens: Sequence[int]) -> list[int]:
+        """Add one token to each sequence and return the one that follows it."""
+        return self._step(torch.tensor(tokens)[:, None])
+
+    def _step(self, ids: torch.Tensor) -> list[int]:
+        with torch.inference_mode():
+            out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        chosen: list[int] = out.logits[:, -1].argmax(dim=-1).tolist()
+        return chosen
+
+
+class LoopRunner:
+    """Run a loop of ours."""
+
+    peer = None
+
+    def __init__(self, how: str, loop: Loop) -> None:
+        self.how, self._loop = how, loop
+
+    def run(self, prompts: Prompts, new: int) -> Times:
+        """Run the loop (see Runner)."""
+        steps = []
+        began = time.perf_counter()
+        tokens = self._loop.start(prompts)
+        before = time.perf_counter()
+        first = before - began
+        for _ in range(new - 1):
+            tokens = self._loop.go_on(tokens)
+            now = time.perf_counter()
+            steps.append(now - before)
+            before = now
+        return Times(first, steps)
+
+
+class _Clock(StoppingCriteria):  # type: ignore[misc]
+    """Stops nothing; notes when each token came."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.at.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+class GenerateRunner:
+    """Call the model's own generate(), as users of Hugging Face do."""
+
+    peer = None
+    how = "generate"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        config: Any = model.generation_config
+        config.eos_token_id, config.pad_token_id = None, 0  # random weights must not end a run early
+
+    def run(self, prompts: Prompts, new: int) -> Times:
+        """Generate (see Runner)."""
+        ids, clock = torch.tensor(prompts), _Clock()
+        criteria = StoppingCriteriaList([clock])
+        began = time.perf_counter()
+        with torch.inference_mode():
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new,
+                stopping_criteria=criteria,
+            )
+        at = clock.at
+        return Times(at[0] - began, [later - before for before, later in pairwise(at)])
+
+
+class LlamaCpp:
+    """llama.cpp with random Q4_0 weights of a shape, in rank 0's child; the other ranks sleep meanwhile.
+
+    All ranks call everything together. Close it, or use it as a context.
+    """
+
+    how = "llama_decode"
+    peer = "llama.cpp"
+
+    def __init__(self, config: dict[str, Any], group: Group, cpus: Sequence[int], rows: int, batch: int) -> None:
+        """config: a Hugging Face config. cpus: those of all ranks. rows: tokens of a sequence, batch: sequences."""
+        self._group, self._child = group, None
+        self.weight_bytes = 0
+        with together(group):
+            if group.rank == 0:
+                self._child = Child(Path(__file__).with_name("llama_peer.py"), cpus, {})
+                answer = self._child.ask(op="prepare", config=config, rows=rows, batch=batch)
+                self.weight_bytes = int(answer["weight_bytes"])
+
+    def run(self, prompts: Prompts, new: int) -> Times:
+        """Have the child run (see Runner)."""
+        answer: Any = None
+        with together(self._group):
+            if self._child is not None:
+                answer = self._child.ask(op="run", prompts=[list(each) for each in prompts], new=new)
+        answer = self._group.broadcast_object(answer, timeout=settings().load_timeout)
+        return Times(answer["first"], answer["steps"])
+
+    def peak_rss(self) -> int:
+        """Return the most memory that the child has had resident, in bytes; 0 on ranks without it."""
+        return int(self._child.ask(op="memory")["peak_rss_bytes"]) if self._child is not None else 0
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child is not None:
+            self._child.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
