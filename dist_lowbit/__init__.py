@@ -17,6 +17,8 @@ _FACES = {
     "low_memory_init": "dist_lowbit.optimize",
     "convert": "dist_lowbit.optimize",
     "init_group": "dist_lowbit.comm",
+    "init_inference": "dist_lowbit.optimize",
+    "BenchmarkWrapper": "dist_lowbit.engine.benchmark",
     "optimize_transformers": "dist_lowbit.llm",
 }
 

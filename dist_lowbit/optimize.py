@@ -1,8 +1,8 @@
-"""The one-line API: optimize_model, save_low_bit, low_memory_init, load_low_bit, convert."""
+"""The one-line API: optimize_model, save_low_bit, low_memory_init, load_low_bit, convert, init_inference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dist_lowbit.assembly import load as _load
 from dist_lowbit.assembly import optimize as _optimize
 from dist_lowbit.assembly.hf_quantizer import register
 from dist_lowbit.assembly.hub import resolve
+from dist_lowbit.assembly.inference import InferenceEngine, split_model
 from dist_lowbit.assembly.mode import switched
 from dist_lowbit.assembly.skeleton import low_memory_init
 from dist_lowbit.checkpoint import is_checkpoint as is_low_bit
@@ -20,7 +21,7 @@ from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.quantize import Recipe
 
-__all__ = ["convert", "is_low_bit", "load_low_bit", "low_memory_init", "optimize_model"]
+__all__ = ["convert", "init_inference", "is_low_bit", "load_low_bit", "low_memory_init", "optimize_model"]
 
 register()
 
@@ -86,3 +87,73 @@ def convert(
     recipe = Recipe(low_bit, group_size, modules_to_not_convert or ())
     source = resolve(str(model), revision)
     _convert.convert(source, Path(directory).expanduser(), recipe, tp, trust_remote_code=trust_remote_code)
+
+
+# Arguments of DeepSpeed's init_inference that ask for what is so anyway, with the values that do.
+_GIVEN = {
+    "replace_with_kernel_inject": (False,),
+    "kernel_inject": (False,),
+    "enable_cuda_graph": (False,),
+    "replace_method": ("auto", None),
+    "keep_module_on_host": (False, True),
+    "return_tuple": (True, False),
+    "set_empty_params": (True, False),
+    "injection_policy": (None,),
+    "ep_size": (1,),
+    "moe": (False,),
+}
+
+
+def init_inference(
+    model: nn.Module,
+    config: Mapping[str, Any] | None = None,
+    *,
+    low_bit: str | None = None,
+    tensor_parallel: Mapping[str, Any] | int | str | Group | None = None,
+    dtype: Any = None,
+    checkpoint: str | Path | Mapping[str, Any] | None = None,
+    base_dir: str | None = None,
+    save_mp_checkpoint_path: str | Path | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> InferenceEngine:
+    """Split a model over the ranks of this job and quantize it, as DeepSpeed's call of this name splits one.
+
+    model: live on the CPU, or on meta with `checkpoint`. config: a dict of the other arguments, which win over it.
+    low_bit: a format's name (None: the weights keep their dtype). tensor_parallel: {"tp_size": N}, N must be the ranks
+    that were started; None joins them all; {"tp_group": group} or a Group is used as it is. dtype: of activations.
+    checkpoint: a directory or hub id of model files or of a low-bit checkpoint, or DeepSpeed's description of files;
+    each rank reads its own part only. save_mp_checkpoint_path: save_low_bit there; it loads at any number of ranks.
+    mp_size, tp, max_out_tokens, min_out_tokens and what optimize_model takes (group_size, compute, decoder,
+    kv_cache_dtype) are accepted; another name, or a value that asks for CUDA kernels, is a UsageError.
+
+    Returns an engine whose `module` is the model, in place. All ranks must call together.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"init_inference takes an nn.Module; this is a {type(model).__name__}")
+    if config is not None:
+        own = {"low_bit": low_bit, "tensor_parallel": tensor_parallel, "dtype": dtype, "checkpoint": checkpoint}
+        own |= {"base_dir": base_dir, "save_mp_checkpoint_path": save_mp_checkpoint_path}
+        own |= {"modules_to_not_convert": modules_to_not_convert, **kwargs}
+        return init_inference(model, **{**config, **{name: value for name, value in own.items() if value is not None}})
+    for name, values in _GIVEN.items():
+        if kwargs.pop(name, values[0]) not in values:
+            raise UsageError(f"init_inference runs no injected kernels; {name} must be {values[0]!r}, or left out")
+    for name in ("max_out_tokens", "max_tokens", "min_out_tokens", "min_tokens"):
+        kwargs.pop(name, None)  # sizes of a buffer that is not needed here
+    for name in ("mp_size", "tp"):
+        tensor_parallel = kwargs.pop(name, None) or tensor_parallel
+    if dtype is not None:
+        kwargs["torch_dtype"] = dtype
+    group_size, mode = _optimize.read_options(kwargs, "init_inference")
+    return split_model(
+        model,
+        tensor_parallel,
+        low_bit,
+        group_size,
+        mode,
+        keep=tuple(modules_to_not_convert or ()),
+        checkpoint=checkpoint,
+        base_dir=base_dir,
+        save_path=save_mp_checkpoint_path,
+    )

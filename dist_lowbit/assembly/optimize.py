@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,7 @@ from dist_lowbit.quantize import Recipe
 
 from .attach import attach
 from .build import build, state_of
+from .deepspeed import ShardWeights, group_of, plan_like, split_layers, stand_ins
 from .mode import Mode, mode_here
 from .target import linears, make_target
 from .together import together
@@ -80,6 +83,9 @@ def optimize(model: nn.Module, recipe: Recipe, group: Group | None, mode: Mode) 
         raise UsageError("this model has no weights (device meta); load them first, or use load_low_bit")
     if devices:
         raise UsageError(f"this model is on {', '.join(sorted(devices))}; move it to the cpu before optimize_model")
+    layers = split_layers(model)
+    if layers:
+        return _optimize_split(model, layers, recipe, group_of(layers, group), mode)
     group = group or SingleGroup()
     own = embeddings(model)
     kept = excluded(model, recipe)
@@ -87,4 +93,26 @@ def optimize(model: nn.Module, recipe: Recipe, group: Group | None, mode: Mode) 
     with together(group):
         target = make_target(model, lambda name: block_under(recipe, name), group.size, lambda name: name not in kept)
         build(model, target, weights, group, recipe, kept, mode)
+    return attach(model)
+
+
+def _optimize_split(
+    model: nn.Module, layers: Mapping[str, nn.Module], recipe: Recipe, group: Group, mode: Mode
+) -> nn.Module:
+    """Quantize a model whose Linears DeepSpeed has split over the ranks of `group`."""
+    with together(group), stand_ins(model, layers, group) as shards:
+        own, kept = embeddings(model), excluded(model, recipe)
+
+        def form_of(name: str) -> tuple[Format, int | None] | None:
+            return form_under(recipe, name, name in own)
+
+        def block_of(name: str) -> int:
+            return block_under(recipe, name)
+
+        target = make_target(model, block_of, group.size, lambda name: name not in kept)
+        if target.family is None:
+            target = replace(target, plan=plan_like(shards, target.plan, block_of))
+            kept -= shards.keys()
+        whole = ModelWeights(model, form_of, transposed_linears(model))
+        build(model, target, ShardWeights(whole, shards, form_of, group), group, recipe, kept, mode)
     return attach(model)

@@ -80,7 +80,7 @@ class ModelWeights:
         weight = self._model.get_submodule(module).weight
         assert isinstance(weight, torch.Tensor)
         matrix = weight.detach().t() if module in self._transposed else weight.detach()
-        form = self._form_of(module) or (_cast_row(matrix.dtype), None)
+        form = self._form_of(module) or (cast_row(matrix.dtype), None)
         return quantize_part(lambda start, stop: matrix[start:stop], form, split, rank, f"{module}.weight")
 
     def tensor(self, name: str, split: Split | None = None, rank: int = 0) -> torch.Tensor | None:
@@ -90,7 +90,8 @@ class ModelWeights:
         return None if value is None else cut_rows(value.detach(), split, rank)
 
 
-def _cast_row(dtype: torch.dtype | None) -> Format:
+def cast_row(dtype: torch.dtype | None) -> Format:
+    """Return the format that keeps values of a dtype as they are."""
     return lookup(cast_name(dtype))
 
 
@@ -138,7 +139,7 @@ class SourceWeights:
             raise CheckpointError(
                 f"{name} in {self._source.directory} has shape {shape}; the model expects {split.shape}"
             )
-        form = self._form_of(module) or (_cast_row(info.dtype), None)
+        form = self._form_of(module) or (cast_row(info.dtype), None)
         return quantize_part(read, form, split, rank, name)
 
     def tensor(self, name: str, split: Split | None = None, rank: int = 0) -> torch.Tensor | None:
@@ -159,7 +160,7 @@ class CheckpointWeights:
         info = self._reader.weights.get(name)
         if info is None and name in self._reader.tensors:  # a Linear that was left as it was, now to be cut
             matrix = self._reader.read_tensor(name)
-            form = (_cast_row(matrix.dtype), None)
+            form = (cast_row(matrix.dtype), None)
             return quantize_part(lambda start, stop: matrix[start:stop], form, split, rank, name)
         if info is None:
             raise CheckpointError(f"{self._reader.directory} holds no weight {name}; it is of another model")

@@ -97,6 +97,48 @@ def test_any_module() -> None:
     assert "loaded equals saved: True" in said
 
 
+def needs_deepspeed() -> None:
+    if (why_not := RUNNERS["deepspeed"]().why_not()) is not None:
+        pytest.skip(f"--style deepspeed cannot be used: {why_not}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # DeepSpeed compiles its all-reduce at its first use
+@pytest.mark.parametrize("style", ["deepspeed", "mpirun"])
+def test_a_model_that_deepspeed_split_says_what_one_rank_says(style: str) -> None:
+    needs_deepspeed()
+    if (why_not := RUNNERS[style]().why_not()) is not None:
+        pytest.skip(f"--style {style} cannot be used: {why_not}")
+    words = ("--n-predict", "12", "--prompt", "Once upon a time")
+    said = run(*STYLES[style](), EXAMPLES / "deepspeed_autotp.py", *words, DS_ACCELERATOR="cpu", RANK_WAIT_TIME="0.1")
+    assert "Inference time of generating 12 tokens: " in said
+    assert said.count(alone(*GREEDY)) == 1, said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_models_that_deepspeed_split_are_taken_over_bit_for_bit(ranks: int, tmp_path: Path) -> None:
+    needs_deepspeed()
+    start = [shutil.which("deepspeed", path=launchers()), "--num_accelerators", ranks, "--no_local_rank"]
+    said = run(*start, Path(__file__).with_name("deepspeed_taken_over.py"), tmp_path, DS_ACCELERATOR="cpu")
+    assert said.count("equal: True, saved equal: True, refused: True") == 3 * ranks, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [[], ["--greedy", "--token-latency"]])
+def test_the_metrics_of_ipex_are_printed(beams: list[str]) -> None:
+    words = ["--benchmark", "--num-iter", 3, "--num-warmup", 1, "--max-new-tokens", 4, "--print-memory", *beams]
+    said = run(sys.executable, EXAMPLES / "run_generation_with_deepspeed.py", *words, "--dtype", "float32",
+               "--ipex-weight-only-quantization", "--weight-dtype", "INT4", "--ipex", "--autotp")  # fmt: skip
+    lines = [line for line in said.splitlines() if line.endswith(" sec.")]
+    names = [line.partition(":")[0] for line in lines]
+    tokens = ["First token average latency", "Average 2... latency", "P90 2... latency", "P99 2... latency"]
+    assert names == ["Inference latency", *(tokens if beams else [])]
+    assert all(float(line.split()[-2]) > 0 for line in lines)
+    assert said.count("Iteration: ") == 3
+
+
 @pytest.mark.slow
 def test_whisper() -> None:
     pytest.importorskip("whisper", reason="openai-whisper is not installed")
