@@ -18,29 +18,45 @@ _END = re.compile(rb"\r?\n|\r(?!\n|\Z)")
 
 
 class Lines:
-    """Turns chunks of bytes into prefixed whole lines."""
+    """Turns chunks of bytes into prefixed whole lines.
 
-    def __init__(self, prefix: bytes) -> None:
-        self._prefix = prefix
+    hold: lines that begin with it and have nothing after them stay in `held`, as they may be last words that other
+    ranks say, too; `release` gives them up.
+    """
+
+    def __init__(self, prefix: bytes, hold: bytes | None = None) -> None:
+        self._prefix, self._hold = prefix, hold
         self._rest = b""
+        self.held: list[bytes] = []
 
     def feed(self, chunk: bytes) -> bytes:
         """Return the lines that `chunk` completes, each behind the prefix; the rest waits."""
         data = self._rest + chunk
         out, end = [], 0
         for match in _END.finditer(data):
-            out.append(self._prefix + data[end : match.end()])
+            out.append(self._line(data[end : match.end()]))
             end = match.end()
         self._rest = data[end:]
         if len(self._rest) > LONGEST_LINE:
-            out.append(self._prefix + self._rest + b"\n")
+            out.append(self._line(self._rest + b"\n"))
             self._rest = b""
         return b"".join(out)
+
+    def _line(self, line: bytes) -> bytes:
+        if self._hold is not None and line.startswith(self._hold):
+            self.held.append(line)
+            return b""
+        return self.release() + self._prefix + line
+
+    def release(self) -> bytes:
+        """Return the lines that were held, behind the prefix."""
+        held, self.held = self.held, []
+        return b"".join(self._prefix + line for line in held)
 
     def close(self) -> bytes:
         """Return the line that was begun and never ended, with an end."""
         rest, self._rest = self._rest, b""
-        return self._prefix + rest.rstrip(b"\r") + b"\n" if rest else b""
+        return self._line(rest.rstrip(b"\r") + b"\n") if rest else b""
 
 
 class Tail:

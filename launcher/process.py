@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from .topology import format_cpulist
 TRAMPOLINE = str(Path(__file__).resolve().with_name("trampoline.py"))
 GUARD = str(Path(__file__).resolve().with_name("guard.py"))
 TAIL_LINES = 20  # of stderr, repeated when a rank fails: a traceback through a few frames
+ERROR = b"error: "  # how a rank of ours begins the one line that says why it ends
 _CHUNK = 1 << 16  # a pipe's capacity (pipe(7))
 _STDIN = {"own": None, "none": subprocess.DEVNULL, "held": subprocess.PIPE}
 
@@ -56,11 +58,27 @@ def signal_name(number: int) -> str:
 class Stream:
     """One output pipe of a process, on its way to a Sink, a log file and a Tail."""
 
-    def __init__(self, pipe: IO[bytes], sink: Sink, prefix: bytes | None, log: IO[bytes] | None, tail: Tail) -> None:
+    def __init__(
+        self, pipe: IO[bytes], sink: Sink, prefix: bytes | None, log: IO[bytes] | None, tail: Tail, hold: bool
+    ) -> None:
         os.set_blocking(pipe.fileno(), False)
         self.pipe = pipe
         self._sink, self._log, self._tail = sink, log, tail
-        self._lines = Lines(prefix) if prefix is not None else None
+        self._lines = Lines(prefix, ERROR if hold else None) if prefix is not None else None
+        self.held_since: float | None = None
+
+    def last_words(self) -> list[bytes]:
+        """Return the lines that are held, and forget them."""
+        if self._lines is None:
+            return []
+        held, self._lines.held = self._lines.held, []
+        return held
+
+    def release(self) -> None:
+        """Pass on the lines that are held: they were no last words."""
+        self.held_since = None
+        if self._lines is not None:
+            self._sink.write(self._lines.release())
 
     def pump(self) -> int | None:
         """Pass on one chunk; return its size, 0 at the end of the pipe (then closed), None if nothing is there."""
@@ -73,6 +91,8 @@ class Stream:
             return 0
         self._sink.write(self._lines.feed(chunk) if self._lines else chunk)
         self._tail.feed(chunk)
+        if self._lines and self._lines.held:
+            self.held_since = self.held_since or time.monotonic()
         if self._log:
             self._keep(self._log, chunk)
         return len(chunk)
@@ -112,6 +132,7 @@ class Process:
     def __init__(self, command: Command, environ: Mapping[str, str], out: Sink, err: Sink) -> None:
         self.command = command
         self.end: End | None = None
+        self.spoke = False  # its last line was told as such
         self.tail = Tail(TAIL_LINES)
         own_stdout = command.prefix is None and command.log is None
         own_stderr = own_stdout and os.isatty(err.fd)  # so that a progress bar sees the terminal
@@ -149,8 +170,11 @@ class Process:
 
     def _stream(self, pipe: IO[bytes], sink: Sink, suffix: str) -> Stream:
         prefix = None if self.command.prefix is None else self.command.prefix.encode()
+        own = self.command.rank is not None and suffix == "err"
+        if own and prefix is None:
+            prefix = b""  # no terminal is behind it, so whole lines do
         log = open(f"{self.command.log}.{suffix}", "wb", buffering=0) if self.command.log else None  # noqa: SIM115
-        return Stream(pipe, sink, prefix, log, self.tail if suffix == "err" else Tail(0))
+        return Stream(pipe, sink, prefix, log, self.tail if suffix == "err" else Tail(0), own)
 
     def look(self) -> End | None:
         """Return how the process ended, None while it lives. Leaves the zombie: its pid names the group."""

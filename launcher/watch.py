@@ -7,16 +7,16 @@ pipe. Nothing is looked at on a timer but the two deadlines of an ending job.
 from __future__ import annotations
 
 import os
+import re
 import selectors
 import signal
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import FrameType
 
+from .events import Leash, Signals
 from .job import Command
 from .output import HIGH_WATER, Sink
-from .process import End, Guard, Process, signal_name
+from .process import End, Guard, Process, Stream, signal_name
 
 # Deaths this close to the first are weighed together: a peer's death is noticed by the others within milliseconds.
 BLAME_WINDOW = 0.2
@@ -25,10 +25,11 @@ KILL_WAIT = 1.5
 # A rank that ends with this code, or with this error uncaught, says that a peer is gone: it is not the cause.
 PEER_LOST = 3
 PEER_LOST_ERROR = "CommError: "
+# So long may an `error: ` line wait for the end of its rank, and for the same line of the others.
+HOLD = 0.5
 # Where all deaths so far only follow from another, the cause may still be busy unloading its libraries.
 CAUSE_WINDOW = 1.0
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _HINTS = {
@@ -118,8 +119,7 @@ class Watch:
 
     def _step(self, signals: Signals) -> None:
         self._interest()
-        timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        for key, _ in self._poll.select(timeout):
+        for key, _ in self._poll.select(self._timeout()):
             if isinstance(key.data, Process):
                 self._ended(key.data)
             elif isinstance(key.data, Sink):
@@ -137,6 +137,19 @@ class Watch:
             self._begin_ending()  # nobody reads the answer: end as SIGPIPE would
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline_passed()
+        for stream in self._holding():
+            if stream.held_since is not None and time.monotonic() >= stream.held_since + HOLD:
+                stream.release()
+
+    def _timeout(self) -> float | None:
+        """Return the seconds until something must be done though nothing happens, None for never."""
+        moments = [stream.held_since + HOLD for stream in self._holding() if stream.held_since is not None]
+        moments += [] if self._deadline is None else [self._deadline]
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def _holding(self) -> list[Stream]:
+        """Return the streams of living ranks that hold a line back; those of others wait for the report."""
+        return [s for process in self._alive() for s in process.streams if s.held_since is not None]
 
     def _interest(self) -> None:
         """Poll exactly what can make progress: sinks with something to write, pipes if there is room for it."""
@@ -254,6 +267,7 @@ class Watch:
         """Say on stderr why the job ended, unless all went well; return its exit code."""
         for process in self._alive():
             self._say(f"{self._who(process)} did not end on SIGKILL: it hangs in the kernel")
+        self._tell_last_words()
         if self._deaths:
             return self._report_failure()
         failed = [p.end for p in self._processes if p.end is None or not p.end.ok]
@@ -264,6 +278,20 @@ class Watch:
         if self._leash is not None and self._leash.over and failed:
             return 128 + signal.SIGHUP  # whoever held it knows why
         return 128 + signal.SIGPIPE if broken else 0
+
+    def _tell_last_words(self) -> None:
+        """Write what ranks said at their end once, with the ranks that said it."""
+        said: dict[bytes, list[str]] = {}
+        for process in self._processes:
+            lines = [line for stream in process.streams for line in stream.last_words()]
+            # A rank that repeats what it was told puts the teller in front.
+            whole = [re.sub(rb"^(error: )rank \d+: ", rb"\1", line).rstrip(b"\r\n") for line in lines]
+            process.spoke = bool(lines)
+            for line in dict.fromkeys(whole):
+                said.setdefault(line, []).append(process.command.name)
+        for line, names in said.items():
+            prefix = b"" if len(self._processes) == 1 else f"[{','.join(names)}] ".encode()
+            self._err.write(prefix + line + b"\n")
 
     def _lost(self) -> list[bool]:
         return [lost_a_peer(end, process.tail.lines()) for process, end in self._deaths]
@@ -280,7 +308,7 @@ class Watch:
             sentence += f"; at the same time {', '.join(also)}"
         # A rank's last lines are hidden among the others'; those of another launcher stand above as they were.
         own = process.command.rank is not None and process.command.prefix is not None
-        lines = process.tail.lines() if own else []
+        lines = process.tail.lines() if own and not process.spoke else []
         if lines:
             sentence += "; the last lines of its stderr:" + "".join(f"\n  {line}" for line in lines)
         self._say(sentence)
@@ -291,64 +319,3 @@ class Watch:
 
     def _say(self, sentence: str) -> None:
         self._err.write(f"dist-lowbit run: {sentence}\n".encode())
-
-
-class Leash:
-    """The launcher's stdin where another launcher holds the other end: its end asks for ours, also behind ssh."""
-
-    fd = 0
-
-    def __init__(self) -> None:
-        self.over = False
-
-    def gone(self) -> bool:
-        """Read what is there; return whether the other end has let go."""
-        try:
-            self.over = not os.read(self.fd, 4096)
-        except BlockingIOError:
-            return False
-        except OSError:  # a terminal that was hung up
-            self.over = True
-        return self.over
-
-
-class Signals:
-    """While entered, the signals that the launcher handles are bytes to read from `fd` and interrupt nothing.
-
-    A signal that was ignored stays ignored (nohup, a job in the background). Outside the main thread nothing is
-    taken over: Python allows it only there.
-    """
-
-    def __init__(self) -> None:
-        self.fd, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._before: dict[int, object] = {}
-        self._wakeup = -1
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            for number in (*FORWARDED, signal.SIGTSTP):
-                before = signal.getsignal(number)
-                if before is not signal.SIG_IGN:
-                    self._before[number] = before
-                    signal.signal(number, _noticed)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)  # type: ignore[arg-type]
-        if threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(self._wakeup)
-        os.close(self.fd)
-        os.close(self._write)
-
-    def read(self) -> list[int]:
-        """Return the numbers of the signals that have come, in order."""
-        try:
-            return list(os.read(self.fd, 64))
-        except BlockingIOError:
-            return []
-
-
-def _noticed(number: int, frame: FrameType | None) -> None:
-    """Do nothing: that the signal came is a byte in the wakeup pipe."""

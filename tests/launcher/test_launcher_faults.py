@@ -134,6 +134,24 @@ def test_a_slow_cause_is_waited_for(launch: Launch) -> None:
     assert "rank 1 (pid " in done.stderr.partition("dist-lowbit run:")[2]
 
 
+@pytest.mark.parametrize("switch", [[], ["--no-prefix"]])
+def test_what_all_ranks_say_at_their_end_is_printed_once(launch: Launch, switch: list[str]) -> None:
+    # Rank 1 finds it and tells the others, who put its name in front, as dist_lowbit's ranks do.
+    script = launch.script("sys.exit('error: ' + 'rank 1: ' * (rank != 1) + 'the file is short')")
+    done = launch("-n", "3", "--bind", "none", *switch, script)
+    assert done.returncode == 1
+    assert done.stderr.count("the file is short") == 1
+    assert "[0,1,2] error: the file is short\n" in done.stderr
+    assert done.stderr.count("\n") == 2  # and the launcher's own sentence
+
+
+def test_a_line_that_looks_like_an_end_is_passed_on_in_time(launch: Launch) -> None:
+    process = launch.start("-n", "1", launch.script("print('error: not yet', file=sys.stderr); time.sleep(60)"))
+    assert process.stderr.readline() == "[0] error: not yet\n"
+    process.terminate()
+    process.communicate(timeout=10)
+
+
 TOGETHER = {
     "a kill outweighs an exit": ("os._exit(1)", "os.kill(os.getpid(), 9)", 1, 137),
     "a lost peer is not the cause": ("os._exit(3)", "os._exit(4)", 1, 4),

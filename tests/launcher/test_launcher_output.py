@@ -70,3 +70,12 @@ def test_a_sink_without_reader_is_broken_and_takes_no_more() -> None:
     sink.write(b"more")
     assert sink.waiting == 0
     os.close(writing)
+
+
+def test_a_line_is_held_only_while_it_is_the_last() -> None:
+    lines = Lines(b"[1] ", b"error: ")
+    assert lines.feed(b"a\nerror: x\n") == b"[1] a\n"
+    assert lines.held == [b"error: x\n"]
+    assert lines.feed(b"b\n") == b"[1] error: x\n[1] b\n"
+    assert lines.feed(b"error: y") == lines.close() == b""
+    assert lines.release() == b"[1] error: y\n"
