@@ -16,7 +16,7 @@ from dist_lowbit.core.log import configure
 from dist_lowbit.core.settings import settings
 from dist_lowbit.core.version import __version__
 
-from . import bench, bench_decode, build, chat, convert, doctor, generate, inspect
+from . import bench, bench_allreduce, bench_decode, build, chat, convert, doctor, generate, inspect
 
 _BadCommandLine: Any = typer.BadParameter.__base__  # typer shows this class of its parser only through its children
 
@@ -63,6 +63,7 @@ app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(inspect.inspect)
 app.command()(doctor.doctor)
+bench.app.command()(bench_allreduce.allreduce)
 bench.app.command()(bench_decode.decode)
 app.add_typer(bench.app, name="bench")
 app.add_typer(build.app, name="build")

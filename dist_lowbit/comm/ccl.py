@@ -8,9 +8,10 @@ meeting's store. A rank that dies on this machine is noticed by its pidfd, one t
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_double, c_int, c_int8, c_int32, c_uint64, c_void_p
 from typing import Any
 
@@ -22,6 +23,7 @@ from dist_lowbit.core.native import native, native_why_not
 from dist_lowbit.core.rank import RankInfo
 from dist_lowbit.kernels import ccl
 
+from . import mpi
 from .base import BaseGroup
 from .calls import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, BYTES, CODES, described
 from .collective import AllGather, AllReduce, NativeCollective, Table
@@ -67,6 +69,11 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
+def under_intel_mpi(environ: Mapping[str, str]) -> bool:
+    """Tell whether Intel MPI's launcher has started this process."""
+    return "PMI_RANK" in environ and any(name.startswith("I_MPI_") for name in environ)
+
+
 def environment(info: RankInfo, environ: dict[str, str], interface: str | None = None) -> dict[str, str]:
     """Return the variables that oneCCL needs for these ranks and that `environ` does not set.
 
@@ -75,8 +82,7 @@ def environment(info: RankInfo, environ: dict[str, str], interface: str | None =
     a shared one a hundred times quicker.
     """
     wanted = {"CCL_LOG_LEVEL": "error", "CCL_WORKER_OFFLOAD": "0"}
-    by_mpi = "PMI_RANK" in environ and any(name.startswith("I_MPI_") for name in environ)
-    if not by_mpi and "CCL_ATL_TRANSPORT" not in environ:
+    if not under_intel_mpi(environ) and "CCL_ATL_TRANSPORT" not in environ:
         wanted |= {"CCL_ATL_TRANSPORT": "ofi", "CCL_PROCESS_LAUNCHER": "none", "FI_PROVIDER": "tcp"}
         local_size = info.local_size or info.world_size
         wanted |= {"CCL_LOCAL_RANK": str(info.local_rank), "CCL_LOCAL_SIZE": str(local_size)}
@@ -126,6 +132,8 @@ class CclGroup(BaseGroup):
 
     @classmethod
     def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> CclGroup:
+        if under_intel_mpi(os.environ) and importlib.util.find_spec("mpi4py"):
+            mpi.start()  # else oneCCL starts MPI for itself alone, and the backend mpi could not join it
         os.environ.update(environment(meeting.info, dict(os.environ), interface_to(meeting.info)))
         notes = Notes(PrefixStore("ccl", meeting.store), meeting.info.rank, len(peers), meeting.hosted_by_rank_0)
         return cls._form(meeting.info.rank, peers, meeting.exchange, timeout, notes)

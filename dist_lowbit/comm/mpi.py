@@ -5,9 +5,9 @@ MPI's waits spin and have no end, so messages are tested for instead, with a loo
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
@@ -42,24 +42,32 @@ def started_by_mpi(environ: Mapping[str, str]) -> bool:
     return any(name in environ for name in SIZES) or "PMIX_RANK" in environ
 
 
-def _finalize() -> None:
-    from mpi4py import MPI
-
-    if not MPI.Is_finalized():
-        MPI.Finalize()
+def _finalize(mpi: Any) -> None:
+    if not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 @cache
-def _mpi() -> Any:
-    """Import MPI, which starts it in this process, and see to its end."""
-    if "mpi4py.MPI" not in sys.modules:
+def start() -> tuple[Any, weakref.finalize[..., Any] | None]:
+    """Import MPI, which starts it in this process; return the module and, where its end is ours, what ends it.
+
+    Finalizers run last come first, so those of groups that use MPI run before this one.
+    """
+    ours = "mpi4py.MPI" not in sys.modules
+    if ours:
         import mpi4py
 
         mpi4py.rc.finalize = False
-        atexit.register(_finalize)
     from mpi4py import MPI
 
-    return MPI
+    return MPI, weakref.finalize(start, _finalize, MPI) if ours else None
+
+
+def never_finalize() -> None:
+    """Leave MPI_Finalize out at the end: it would wait for ranks that are gone."""
+    _, end = start()
+    if end is not None:
+        end.detach()
 
 
 class MpiGroup(MessageGroup):
@@ -70,7 +78,7 @@ class MpiGroup(MessageGroup):
     def __init__(self, rank: int, peers: Sequence[Peer], timeout: float, notes: Notes, places: list[int]) -> None:
         super().__init__(rank, peers, timeout)
         self._watch = Watch(rank, peers, notes, timeout)
-        self._mpi = _mpi()
+        self._mpi, _ = start()
         self._splits = 0
         self._held: list[Any] = []  # buffers of messages under way, also after a failed call
         self._places = places  # in MPI_COMM_WORLD, by rank
@@ -91,7 +99,7 @@ class MpiGroup(MessageGroup):
 
     @classmethod
     def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> MpiGroup:
-        world = _mpi().COMM_WORLD
+        world = start()[0].COMM_WORLD
         own: dict[str, Any] = {"place": world.rank, "size": world.size}
         answers = meeting.exchange(own)
         places = [int(answer["place"]) for answer in answers]
@@ -159,7 +167,7 @@ class MpiGroup(MessageGroup):
     # ---- the end
 
     def _leave(self) -> None:
-        atexit.unregister(_finalize)  # it would wait for the ranks that are gone
+        never_finalize()
         self._watch.notes.leave(str(self._lost), self.rank if self._culprit is None else self._culprit)
 
     def close(self) -> None:

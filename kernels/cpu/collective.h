@@ -19,4 +19,9 @@ struct dlb_collective {
     // out.
     int (*all_gather)(void* context, const float* own, float* out, const int64_t* counts);
 };
+
+// Make `runs` all-reduces of data[0, count) one after another, as a decoder would, and put the time of each into
+// seconds. Returns 0, or the status of the first that fails.
+__attribute__((visibility("default"))) int dlb_collective_time(const dlb_collective* group, float* data, int64_t count,
+                                                               int runs, double* seconds);
 }

@@ -23,6 +23,9 @@
 #include <atomic>
 #include <new>
 
+#include "threadpool.h"
+#include "tree_sum.h"
+
 namespace {
 
 constexpr size_t kLine = 64;
@@ -31,11 +34,11 @@ constexpr size_t kResult = kChunk / 2;  // the largest slice, that of two ranks
 constexpr size_t kSmall = 32 * 1024;    // up to here one round (each adds all) beats two (slices)
 constexpr size_t kControl = 4096;
 constexpr size_t kRegion = kControl + 2 * (kChunk + kResult);
-constexpr size_t kBlock = 512;  // floats added at a time: sources and temporaries fit the L1 cache
+constexpr size_t kThreads = 1 << 20;  // from here on threads share the work
+constexpr size_t kGrain = 16 * 1024;  // bytes that a thread takes at a time
 constexpr int kMaxRanks = DLB_SHM_MAX_RANKS;
 constexpr int kMaxProgram = 2 * kMaxRanks;
-constexpr int kMaxDepth = 8;  // 16 ranks need a stack of 5
-constexpr int kBytes = 3;     // the "dtype" of calls that move bytes
+constexpr int kBytes = 3;  // the "dtype" of calls that move bytes
 
 constexpr int64_t kMillisecond = 1000000;
 constexpr int64_t kSlice = 20 * kMillisecond;    // one sleep
@@ -110,183 +113,6 @@ void futex_wait(std::atomic<uint32_t>* word, uint32_t seen, int64_t nanoseconds)
 
 void futex_wake(std::atomic<uint32_t>* word) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE, 1 << 30, nullptr, nullptr, 0);
-}
-
-// ---- arithmetic: tree sums in fp32 ----------------------------------------------------------------------------
-
-struct Arithmetic {
-    void (*add)(const float* a, const float* b, float* out, size_t n);
-    void (*widen[3])(const void* in, float* out, size_t n);
-    void (*narrow[3])(const float* in, void* out, size_t n);
-};
-
-uint32_t bits(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    return u;
-}
-
-float value(uint32_t u) {
-    float x;
-    memcpy(&x, &u, 4);
-    return x;
-}
-
-uint16_t bf16_of(float x) {
-    uint32_t u = bits(x);
-    if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
-float fp16_value(uint16_t h) {
-    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
-    if (exponent == 31) return value(sign | 0x7f800000 | (fraction ? 0x400000 : 0) | (fraction << 13));
-    if (exponent) return value(sign | ((exponent + 112) << 23) | (fraction << 13));
-    float small = float(fraction) * 0x1p-24f;  // exact: a subnormal counts units of 2^-24
-    return value(sign | bits(small));
-}
-
-uint16_t fp16_of(float x) {
-    uint32_t u = bits(x), magnitude = u & 0x7fffffff;
-    uint16_t sign = uint16_t((u >> 16) & 0x8000);
-    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));  // as vcvtps2ph
-    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and up round to infinity
-    if (magnitude < 0x38800000) {  // below 2^-14: the sum's last bit is worth 2^-24, so it rounds as fp16 does
-        float rounded = value(magnitude) + 0.5f;
-        return uint16_t(sign | (bits(rounded) - 0x3f000000));
-    }
-    uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
-    return uint16_t(sign | ((rounded - (112u << 23)) >> 13));
-}
-
-void add_plain(const float* a, const float* b, float* out, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
-}
-
-void widen_bf16_plain(const void* in, float* out, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = value(uint32_t(static_cast<const uint16_t*>(in)[i]) << 16);
-}
-
-void narrow_bf16_plain(const float* in, void* out, size_t n) {
-    for (size_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = bf16_of(in[i]);
-}
-
-void widen_fp16_plain(const void* in, float* out, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = fp16_value(static_cast<const uint16_t*>(in)[i]);
-}
-
-void narrow_fp16_plain(const float* in, void* out, size_t n) {
-    for (size_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = fp16_of(in[i]);
-}
-
-const Arithmetic kPlain = {
-    add_plain,
-    {nullptr, widen_bf16_plain, widen_fp16_plain},
-    {nullptr, narrow_bf16_plain, narrow_fp16_plain},
-};
-
-#define DLB_AVX2 __attribute__((target("avx2,f16c")))
-
-DLB_AVX2 void add_avx2(const float* a, const float* b, float* out, size_t n) {
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        __m256 low = _mm256_add_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i));
-        __m256 high = _mm256_add_ps(_mm256_loadu_ps(a + i + 8), _mm256_loadu_ps(b + i + 8));
-        _mm256_storeu_ps(out + i, low);
-        _mm256_storeu_ps(out + i + 8, high);
-    }
-    for (; i < n; i++) out[i] = a[i] + b[i];
-}
-
-DLB_AVX2 void widen_bf16_avx2(const void* in, float* out, size_t n) {
-    const uint16_t* source = static_cast<const uint16_t*>(in);
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
-        __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
-        _mm256_storeu_ps(out + i, _mm256_castsi256_ps(wide));
-    }
-    widen_bf16_plain(source + i, out + i, n - i);
-}
-
-DLB_AVX2 void narrow_bf16_avx2(const float* in, void* out, size_t n) {
-    uint16_t* target = static_cast<uint16_t*>(out);
-    const __m256i one = _mm256_set1_epi32(1), bias = _mm256_set1_epi32(0x7fff), nan = _mm256_set1_epi32(0x7fc0);
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256 x = _mm256_loadu_ps(in + i);
-        __m256i u = _mm256_castps_si256(x);
-        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), one);
-        __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(bias, odd)), 16);
-        __m256i unordered = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-        rounded = _mm256_blendv_epi8(rounded, nan, unordered);
-        __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), packed);
-    }
-    narrow_bf16_plain(in + i, target + i, n - i);
-}
-
-DLB_AVX2 void widen_fp16_avx2(const void* in, float* out, size_t n) {
-    const uint16_t* source = static_cast<const uint16_t*>(in);
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
-    widen_fp16_plain(source + i, out + i, n - i);
-}
-
-DLB_AVX2 void narrow_fp16_avx2(const float* in, void* out, size_t n) {
-    uint16_t* target = static_cast<uint16_t*>(out);
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), half);
-    }
-    narrow_fp16_plain(in + i, target + i, n - i);
-}
-
-const Arithmetic kAvx2 = {
-    add_avx2,
-    {nullptr, widen_bf16_avx2, widen_fp16_avx2},
-    {nullptr, narrow_bf16_avx2, narrow_fp16_avx2},
-};
-
-const Arithmetic* arithmetic() {
-    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    return avx2 ? &kAvx2 : &kPlain;
-}
-
-size_t width(int dtype) { return dtype == DLB_SHM_FP32 ? 4 : 2; }
-
-// dst may be one of the sources: a block is read to its end before it is written.
-void tree_sum(const Arithmetic& math, const int8_t* program, int length, const void* const* sources, void* dst,
-              size_t count, int dtype) {
-    alignas(kLine) float temporary[kMaxDepth][kBlock];
-    const float* stack[kMaxDepth];
-    const size_t element = width(dtype);
-    const bool wide = dtype == DLB_SHM_FP32;
-    for (size_t start = 0; start < count; start += kBlock) {
-        const size_t n = count - start < kBlock ? count - start : kBlock;
-        char* target = static_cast<char*>(dst) + start * element;
-        int depth = 0;
-        for (int i = 0; i < length; i++) {
-            if (program[i] < 0) {
-                depth--;
-                float* out = wide && i == length - 1 ? reinterpret_cast<float*>(target) : temporary[depth - 1];
-                math.add(stack[depth - 1], stack[depth], out, n);
-                stack[depth - 1] = out;
-                continue;
-            }
-            const char* source = static_cast<const char*>(sources[int(program[i])]) + start * element;
-            if (wide) {
-                stack[depth] = reinterpret_cast<const float*>(source);
-            } else {
-                math.widen[dtype](source, temporary[depth], n);
-                stack[depth] = temporary[depth];
-            }
-            depth++;
-        }
-        if (!wide) math.narrow[dtype](stack[0], target, n);
-    }
 }
 
 // ---- rounds ---------------------------------------------------------------------------------------------------
@@ -454,14 +280,14 @@ size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 int reduce_small(dlb_shm* g, char* data, size_t count, int dtype, double timeout) {
     if (!g->published) {
-        copy(input(g, g->rank, g->round + 1), data, count * width(dtype));
+        copy(input(g, g->rank, g->round + 1), data, count * dlb::tree_width(dtype));
         publish(g, DLB_SHM_ALL_REDUCE, dtype, count, 0);
     }
     const int status = wait_all(g, nullptr, timeout);
     if (status != DLB_SHM_OK) return status;
     const void* sources[kMaxRanks];
     for (int p = 0; p < g->size; p++) sources[p] = p == g->rank ? data : input(g, p, g->round);
-    tree_sum(*arithmetic(), g->program, g->program_length, sources, data, count, dtype);
+    dlb::tree_sum(g->program, g->program_length, sources, data, count, dtype);
     return finish(g);
 }
 
@@ -471,45 +297,91 @@ size_t slice_start(const dlb_shm* g, int rank, size_t bytes) {
     return least(bytes, lines * size_t(rank) / size_t(g->size) * kLine);
 }
 
-void put_slices(dlb_shm* g, const char* chunk, size_t bytes) {
-    char* out = input(g, g->rank, g->round + 1);
-    const size_t start = slice_start(g, g->rank, bytes), stop = slice_start(g, g->rank + 1, bytes);
-    copy(out, chunk, start);
-    copy(out + stop, chunk + stop, bytes - stop);
-}
+size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
-void get_slices(dlb_shm* g, char* chunk, size_t bytes) {
-    for (int i = 1; i < g->size; i++) {
-        const int p = (g->rank + i) % g->size;
-        const size_t start = slice_start(g, p, bytes), stop = slice_start(g, p + 1, bytes);
-        copy(chunk + start, result(g, p, g->round), stop - start);
+// What a rank does between two synchronisations: it adds its slice of chunk k, takes the peers' sums of chunk k - 1
+// and puts its numbers of chunk k + 1. All of it is independent, so threads take pieces of it line by line.
+struct Turn {
+    dlb_shm* g;
+    char* data;
+    size_t bytes;
+    int dtype;
+    size_t k;
+    size_t lines[3];  // of adding, taking, putting
+
+    size_t size_of(size_t chunk) const { return chunk * kChunk < bytes ? least(kChunk, bytes - chunk * kChunk) : 0; }
+
+    // The sum of a slice is published with the next round, hence the next round's buffer.
+    void add(size_t begin, size_t end) const {
+        const size_t slice = slice_start(g, g->rank, size_of(k)), stop = slice_start(g, g->rank + 1, size_of(k));
+        const size_t from = slice + begin * kLine, to = least(stop, slice + end * kLine);
+        char* chunk = data + k * kChunk;
+        const void* sources[kMaxRanks];
+        for (int p = 0; p < g->size; p++) sources[p] = (p == g->rank ? chunk : input(g, p, g->round)) + from;
+        char* out = result(g, g->rank, g->round + 1) + (from - slice);
+        dlb::tree_sum(g->program, g->program_length, sources, out, (to - from) / dlb::tree_width(dtype), dtype);
+        copy(chunk + from, out, to - from);
     }
-}
 
-// The sum of this rank's slice is published with the next round, hence the next round's buffer.
-void add_slice(dlb_shm* g, char* chunk, size_t bytes, int dtype) {
-    const size_t start = slice_start(g, g->rank, bytes), stop = slice_start(g, g->rank + 1, bytes);
-    const void* sources[kMaxRanks];
-    for (int p = 0; p < g->size; p++) sources[p] = (p == g->rank ? chunk : input(g, p, g->round)) + start;
-    char* out = result(g, g->rank, g->round + 1);
-    tree_sum(*arithmetic(), g->program, g->program_length, sources, out, (stop - start) / width(dtype), dtype);
-    copy(chunk + start, out, stop - start);
+    void take(size_t begin, size_t end) const {
+        const size_t size = size_of(k - 1);
+        char* chunk = data + (k - 1) * kChunk;
+        for (int i = 1; i < g->size; i++) {
+            const int p = (g->rank + i) % g->size;
+            const size_t slice = slice_start(g, p, size);
+            const size_t from = most(slice, begin * kLine), to = least(slice_start(g, p + 1, size), end * kLine);
+            if (from < to) copy(chunk + from, result(g, p, g->round) + (from - slice), to - from);
+        }
+    }
+
+    // All but this rank's own slice, which nobody else reads.
+    void put(size_t begin, size_t end, uint32_t round) const {
+        const size_t size = size_of(k + 1), from = begin * kLine, to = least(size, end * kLine);
+        const size_t slice = slice_start(g, g->rank, size), stop = slice_start(g, g->rank + 1, size);
+        const char* chunk = data + (k + 1) * kChunk;
+        char* out = input(g, g->rank, round);
+        if (from < least(to, slice)) copy(out + from, chunk + from, least(to, slice) - from);
+        if (most(from, stop) < to) copy(out + most(from, stop), chunk + most(from, stop), to - most(from, stop));
+    }
+
+    void operator()(int64_t begin, int64_t end) const {
+        size_t at = size_t(begin);
+        size_t first = 0;
+        for (int part = 0; part < 3; first += lines[part++]) {
+            const size_t stop = least(size_t(end), first + lines[part]);
+            if (at >= stop) continue;
+            if (part == 0) add(at - first, stop - first);
+            if (part == 1) take(at - first, stop - first);
+            if (part == 2) put(at - first, stop - first, g->round + 1);
+            at = stop;
+        }
+    }
+};
+
+void run_turn(dlb_shm* g, char* data, size_t bytes, int dtype, size_t k) {
+    Turn turn = {g, data, bytes, dtype, k, {0, 0, 0}};
+    const size_t own = slice_start(g, g->rank + 1, turn.size_of(k)) - slice_start(g, g->rank, turn.size_of(k));
+    turn.lines[0] = (own + kLine - 1) / kLine;
+    turn.lines[1] = k ? (turn.size_of(k - 1) + kLine - 1) / kLine : 0;
+    turn.lines[2] = (turn.size_of(k + 1) + kLine - 1) / kLine;
+    const int64_t count = int64_t(turn.lines[0] + turn.lines[1] + turn.lines[2]);
+    const bool alone = bytes < kThreads;
+    dlb::parallel(count, alone ? count : int64_t(kGrain / kLine), turn);
 }
 
 // Chunk k travels in round k and its sum in round k + 1, together with chunk k + 1.
 int reduce_large(dlb_shm* g, char* data, size_t count, int dtype, double timeout) {
-    const size_t bytes = count * width(dtype), chunks = (bytes + kChunk - 1) / kChunk;
+    const size_t bytes = count * dlb::tree_width(dtype), chunks = (bytes + kChunk - 1) / kChunk;
     for (;; g->step++) {
         const size_t k = g->step;
-        char* chunk = data + k * kChunk;
         if (!g->published) {
-            if (k < chunks) put_slices(g, chunk, least(kChunk, bytes - k * kChunk));
+            const Turn first = {g, data, bytes, dtype, size_t(-1), {0, 0, 0}};  // puts chunk 0
+            if (k == 0) first.put(0, kChunk / kLine, g->round + 1);
             publish(g, DLB_SHM_ALL_REDUCE, dtype, count, 0);
         }
         const int status = wait_all(g, nullptr, timeout);
         if (status != DLB_SHM_OK) return status;
-        if (k < chunks) add_slice(g, chunk, least(kChunk, bytes - k * kChunk), dtype);
-        if (k > 0) get_slices(g, chunk - kChunk, least(kChunk, bytes - (k - 1) * kChunk));
+        run_turn(g, data, bytes, dtype, k);
         if (k == chunks) return finish(g);
     }
 }
@@ -576,8 +448,8 @@ dlb_shm* dlb_shm_attach(int fd, int rank, int size, const int32_t* pids, const i
 int dlb_shm_try_all_reduce(dlb_shm* g, void* data, size_t count, int dtype, double timeout) {
     if (g->failed) return DLB_SHM_FAULT;
     char* bytes = static_cast<char*>(data);
-    return count * width(dtype) <= kSmall ? reduce_small(g, bytes, count, dtype, timeout)
-                                          : reduce_large(g, bytes, count, dtype, timeout);
+    return count * dlb::tree_width(dtype) <= kSmall ? reduce_small(g, bytes, count, dtype, timeout)
+                                                    : reduce_large(g, bytes, count, dtype, timeout);
 }
 
 int dlb_shm_all_reduce(dlb_shm* g, float* data, size_t count, double timeout) {
@@ -653,10 +525,5 @@ void dlb_shm_close(dlb_shm* g) {
     for (int p = 0; p < g->size; p++)
         if (g->pidfds[p] >= 0) close(g->pidfds[p]);
     delete g;
-}
-
-void dlb_shm_tree_sum(const int8_t* program, int program_length, const void* const* sources, void* dst, size_t count,
-                      int dtype, int scalar) {
-    tree_sum(scalar ? kPlain : *arithmetic(), program, program_length, sources, dst, count, dtype);
 }
 }
