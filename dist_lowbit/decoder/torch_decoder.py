@@ -12,7 +12,17 @@ from dist_lowbit.parallel import LowBitLinear
 from .program import Attention, Layer, Mlp, Moe, Program
 from .rope import rope_table
 from .step import KvStore, Step
-from .torch_steps import activated, attended, heads_of, normed, read_rows, rotated, softcapped, write_rows
+from .torch_steps import (
+    activated,
+    activated_gate,
+    attended,
+    heads_of,
+    normed,
+    read_rows,
+    rotated,
+    softcapped,
+    write_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ class TorchDecoder:
             return mlp.down(activated(mlp.activation, row))  # type: ignore[no-any-return]
         first, second = row.chunk(2, -1)
         gate, up = (second, first) if mlp.up_first else (first, second)
-        return mlp.down(activated(mlp.activation, gate) * up)  # type: ignore[no-any-return]
+        return mlp.down(activated_gate(mlp.activation, gate, up))  # type: ignore[no-any-return]
 
 
 def _side_by_side(linears: tuple[LowBitLinear, ...], x: torch.Tensor) -> torch.Tensor:

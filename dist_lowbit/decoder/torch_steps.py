@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from dist_lowbit.ops.arithmetic import tanh_poly
 from dist_lowbit.ops.attention import attention
-from dist_lowbit.ops.elementwise import exp_poly, lane_sum, rms_norm, silu_mul, tanh_poly
+from dist_lowbit.ops.elementwise import activation, gated, layer_norm, rms_norm
 
 from .program import Attention, Norm
 from .step import BLOCK_SLOTS, KvStore
@@ -23,11 +24,8 @@ def normed(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
     if norm is None:
         return x
     weight, bias = norm.weight, norm.bias
-    if weight.dim() == 2:  # one product and, with ones, the same roundings
-        plain = Norm(
-            norm.kind, torch.ones_like(weight[0]) if len(weight) else weight.new_ones(x.shape[-1]), None, norm.eps
-        )
-        return normed(plain, x) * weight
+    if weight.dim() == 2:  # without a weight, then times it: the same roundings
+        return normed(Norm(norm.kind, weight.new_ones(x.shape[-1]), None, norm.eps), x) * weight
     if x.device.type != "cpu":
         if norm.kind == "layer":
             return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
@@ -37,7 +35,12 @@ def normed(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
 
 def activated(name: str, x: torch.Tensor) -> torch.Tensor:
     """Return an activation (program.ACTIVATIONS) of x."""
-    return activation(name, x) if x.device.type == "cpu" else _ACTIVATIONS[name](x)
+    return activation(x, name) if x.device.type == "cpu" else _ACTIVATIONS[name](x)
+
+
+def activated_gate(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return an activation of gate, times up."""
+    return gated(gate, up, name) if gate.device.type == "cpu" else _ACTIVATIONS[name](gate) * up
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -47,35 +50,6 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-
-
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """Return (d * (1 / sqrt(mean(d^2) + eps))) * weight + bias, d = x - mean(x), each operation rounded to fp32."""
-    count = torch.full_like(x[..., 0], float(x.shape[-1]))
-    d = x - (lane_sum(x) / count)[..., None]
-    # The fp64 root, rounded to fp32, is correctly rounded; torch's fp32 one is not.
-    factor = 1.0 / torch.sqrt((lane_sum(d * d) / count + eps).double()).float()
-    y = (d * factor[..., None]) * weight
-    return y if bias is None else y + bias
-
-
-def _sigmoid(x: torch.Tensor) -> torch.Tensor:
-    t = exp_poly(-x.abs())
-    return torch.where(x < 0, t, torch.ones_like(t)) / (1.0 + t)
-
-
-def activation(name: str, x: torch.Tensor) -> torch.Tensor:
-    """Return an activation of x with bits that depend on each element alone."""
-    if name == "silu":
-        return silu_mul(x, torch.ones_like(x))
-    if name == "relu":
-        return torch.where(x < 0, torch.zeros_like(x), x)
-    if name == "quick_gelu":
-        return x * _sigmoid(1.702 * x)
-    if name == "gelu_tanh":
-        return x * _sigmoid(x * (1.5957691216057308 + 0.07135481282676893 * (x * x)))
-    wide = x.double()
-    return (wide * 0.5 * torch.erfc(wide * -(0.5**0.5))).float()
 
 
 def softcapped(x: torch.Tensor, cap: float) -> torch.Tensor:

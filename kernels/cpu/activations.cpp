@@ -54,9 +54,9 @@ const float* finish_piece(const FloatKernels& kernels, const dlb_rows_in& in, in
 }  // namespace
 
 void* Scratch::get(int64_t wanted) {
-    if (wanted > bytes_) {
+    if (wanted > bytes_ || data_ == nullptr) {  // nothing wanted is no lack of memory
         free(data_);
-        bytes_ = round_up(wanted + wanted / 4, 4096);
+        bytes_ = round_up(wanted + wanted / 4 + 1, 4096);
         data_ = aligned_alloc(64, static_cast<size_t>(bytes_));
         if (data_ == nullptr) bytes_ = 0;
     }
