@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,7 @@ from dist_lowbit.parallel.experts import ExpertStack
 from .machine import MemoryReader, kernels_on, require_kernels
 from .random_model import make_model
 from .random_weights import generator
-from .runners import ForwardLoop, GenerateRunner, LlamaCpp, LoopRunner, Prompts, Runner, Times
+from .runners import ForwardLoop, GenerateRunner, LlamaCpp, LoopRunner, Parts, Prompts, Runner, Times
 from .shapes import config_of
 
 _WARM = 2  # tokens of the run that makes a way's caches and wakes its threads
@@ -43,6 +43,27 @@ class Run:
     batch: int = 1
     peer: bool = False
     rounds: int = 3
+    breakdown: bool = False
+
+
+@dataclass(frozen=True)
+class RankParts:
+    """Where one rank's time of a step goes, milliseconds: reduce without wait, outside: around the kernels."""
+
+    rank: int
+    linear_ms: float
+    attention_ms: float
+    reduce_ms: float
+    wait_ms: float
+    outside_ms: float
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Every rank's parts of a step, and the rank that waits least: the one that the others wait for."""
+
+    ranks: list[RankParts]
+    slowest: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,7 @@ class Line:
     slowest_decode_tokens_per_s: float
     fastest_decode_tokens_per_s: float
     rounds: int
+    breakdown: Breakdown | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,9 @@ def run(what: Run, group: Group, mode: Mode, read_bytes: int | None = None) -> I
         prompts = _prompts(what, int(subject.config.vocab_size))
         ours: list[Runner] = [own_loop(subject.model), GenerateRunner(subject.model)]
         for runner in ours:
-            runner.run(prompts, _WARM)
+            warm = runner.run(prompts, _WARM)
+            if what.breakdown and runner is ours[0] and warm.parts is None:
+                raise UsageError(f"--breakdown needs the compiled decoder, and {what.shape} runs by: {runner.how}")
         own = _sum(group, weight_bytes(subject.model, what.batch))
         peak = _sum(group, peak_rss())  # before the buffer that bandwidth is measured with
         entrants = [Entrant(runner, subject.low_bit, subject.group_size, own, peak) for runner in ours]
@@ -121,7 +145,8 @@ def own_loop(model: nn.Module) -> LoopRunner:
     """Return the decoder's own loop over a model, or one over its forward where Hugging Face's runs it."""
     if any(isinstance(module, FusedBackbone) for module in model.children()):
         backbone = backbone_of(model)
-        return LoopRunner(f"decoder {backbone.executor.name}", DecodeLoop(backbone))
+        clock = getattr(backbone.executor, "times", None)  # only the compiled one knows
+        return LoopRunner(f"decoder {backbone.executor.name}", DecodeLoop(backbone), clock)
     return LoopRunner("forward", ForwardLoop(model))
 
 
@@ -189,10 +214,35 @@ def _measure(
             read += [before, after]
             before = after
     for entrant, took, read in zip(entrants, times, reads, strict=True):
-        yield _line(what, group.size, entrant, took, statistics.median(read))
+        yield _line(what, group.size, entrant, took, statistics.median(read), _gathered(group, took))
 
 
-def _line(what: Run, tp: int, entrant: Entrant, took: Sequence[Times], read_gbps: float) -> Line:
+def _gathered(group: Group, took: Sequence[Times]) -> list[Parts]:
+    """Return every rank's parts of a step, the mean over all of its runs; none where a run does not know them."""
+    known = [each.parts for each in took if each.parts is not None]
+    steps = sum(len(each.steps) for each in took)
+    if len(known) < len(took):
+        return []
+    names = [field.name for field in fields(Parts)]
+    answers: list[Any] = group.gather_object([sum(getattr(part, name) for part in known) / steps for name in names])
+    return [Parts(*answer) for answer in answers]
+
+
+def broken_down(ranks: Sequence[Parts]) -> Breakdown:
+    """Return the parts of all ranks as they are shown."""
+    rows = [
+        RankParts(
+            rank,
+            *(round(1e3 * t, 4) for t in (p.linear, p.attention, p.reduce - p.wait, p.wait, p.outside)),
+        )
+        for rank, p in enumerate(ranks)
+    ]
+    return Breakdown(rows, min(range(len(rows)), key=lambda rank: ranks[rank].wait))
+
+
+def _line(
+    what: Run, tp: int, entrant: Entrant, took: Sequence[Times], read_gbps: float, ranks: Sequence[Parts]
+) -> Line:
     first = statistics.median(each.first for each in took)
     steps = sorted(step * 1e3 for each in took for step in each.steps)
     rates = sorted(what.batch * len(each.steps) / sum(each.steps) for each in took)
@@ -211,7 +261,9 @@ def _line(what: Run, tp: int, entrant: Entrant, took: Sequence[Times], read_gbps
         peak_rss_bytes=entrant.peak_rss_bytes,
         read_gbps=round(read_gbps, 3),
         fraction_of_read=round(entrant.step_bytes * rate / what.batch / 1e9 / read_gbps, 4),
-        outside_kernels_fraction=None,
+        outside_kernels_fraction=round(sum(p.outside for p in ranks) / sum(p.total for p in ranks), 4)
+        if ranks
+        else None,
         threads=what.threads,
         tp=tp,
         batch=what.batch,
@@ -221,6 +273,7 @@ def _line(what: Run, tp: int, entrant: Entrant, took: Sequence[Times], read_gbps
         slowest_decode_tokens_per_s=round(rates[0], 3),
         fastest_decode_tokens_per_s=round(rates[-1], 3),
         rounds=what.rounds,
+        breakdown=broken_down(ranks) if ranks and what.breakdown else None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +23,43 @@ from .child import Child
 Prompts = Sequence[Sequence[int]]
 
 
+class Clock(Protocol):
+    """Nanoseconds that all steps since the last reset spent where; decoder.native.Times. `reduce` holds `wait`."""
+
+    @property
+    def linear(self) -> int: ...
+    @property
+    def attention(self) -> int: ...
+    @property
+    def reduce(self) -> int: ...
+    @property
+    def wait(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds that all steps after the first token took on this rank: in products, in attention, in collectives, and
+    of the latter waiting for other ranks; `total` is everything, with what lies around the kernels."""
+
+    linear: float
+    attention: float
+    reduce: float
+    wait: float
+    total: float
+
+    @property
+    def outside(self) -> float:
+        """Return what was spent outside kernels and collectives."""
+        return self.total - self.linear - self.attention - self.reduce
+
+
 @dataclass(frozen=True)
 class Times:
-    """Seconds: of the prompt and the first token, and of each further step."""
+    """Seconds: of the prompt and the first token, and of each further step; parts: of the latter, where known."""
 
     first: float
     steps: list[float]
+    parts: Parts | None = None
 
 
 class Runner(Protocol):
@@ -74,29 +105,35 @@ class ForwardLoop:
 
 
 class LoopRunner:
-    """Run a loop of ours."""
+    """Run a loop of ours. clock: of its executor, to be read and reset; None where it has none."""
 
     peer = None
 
-    def __init__(self, how: str, loop: Loop) -> None:
-        self.how, self._loop = how, loop
+    def __init__(self, how: str, loop: Loop, clock: Callable[[bool], Clock] | None = None) -> None:
+        self.how, self._loop, self._clock = how, loop, clock
 
     def run(self, prompts: Prompts, new: int) -> Times:
         """Run the loop (see Runner)."""
-        steps = []
+        steps: list[float] = []
         began = time.perf_counter()
         tokens = self._loop.start(prompts)
+        first = time.perf_counter() - began
+        if self._clock is not None:
+            self._clock(True)
         before = time.perf_counter()
-        first = before - began
         for _ in range(new - 1):
             tokens = self._loop.go_on(tokens)
             now = time.perf_counter()
             steps.append(now - before)
             before = now
-        return Times(first, steps)
+        return Times(first, steps, None if self._clock is None else _parts(self._clock(False), sum(steps)))
 
 
-class _Clock(StoppingCriteria):  # type: ignore[misc]
+def _parts(clock: Clock, total: float) -> Parts:
+    return Parts(clock.linear / 1e9, clock.attention / 1e9, clock.reduce / 1e9, clock.wait / 1e9, total)
+
+
+class _Stamps(StoppingCriteria):  # type: ignore[misc]
     """Stops nothing; notes when each token came."""
 
     def __init__(self) -> None:
@@ -120,7 +157,7 @@ class GenerateRunner:
 
     def run(self, prompts: Prompts, new: int) -> Times:
         """Generate (see Runner)."""
-        ids, clock = torch.tensor(prompts), _Clock()
+        ids, clock = torch.tensor(prompts), _Stamps()
         criteria = StoppingCriteriaList([clock])
         began = time.perf_counter()
         with torch.inference_mode():

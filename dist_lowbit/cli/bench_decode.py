@@ -15,7 +15,7 @@ from .bench import choice
 from .launch import check_settings, launch_ranks, started
 
 if TYPE_CHECKING:
-    from dist_lowbit.bench.decode import Line
+    from dist_lowbit.bench.decode import Breakdown, Line
 
 
 def decode(
@@ -35,6 +35,7 @@ def decode(
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the decoder's cache: fp32, fp16, bf16, int8.")] = None,
     peer: Annotated[str | None, typer.Option(help="llama.cpp: also measure it, in turns (extra bench).")] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each way to run.")] = 3,
+    breakdown: Annotated[bool, typer.Option("--breakdown", help="Say where each rank's time goes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Measure a whole model: time to first token, time between tokens, memory (see benchmarks/README.md)."""
@@ -51,7 +52,8 @@ def decode(
     from dist_lowbit.bench.decode import Run, run
 
     what = Run(
-        *(shape, low_bit, group_size, threads or ops.plan_here().count, prompt, new, batch, peer is not None, rounds)
+        *(shape, low_bit, group_size, threads or ops.plan_here().count, prompt, new, batch, peer is not None, rounds),
+        breakdown=breakdown,
     )
     mode = mode_here(decoder=decoder, kv_cache_dtype=kv_cache_dtype)
     group, _ = join_ranks("auto")
@@ -108,3 +110,20 @@ def print_table(lines: Iterable[Line]) -> None:
         )
     console = Console()
     console.print(table) if console.is_terminal else Console(width=200).print(table)
+    for line in rows:
+        if line.breakdown is not None:
+            _print_breakdown(line.breakdown, line.how)
+
+
+def _print_breakdown(breakdown: Breakdown, how: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    print(f"{how}: where the milliseconds of a step go; rank {breakdown.slowest} is the slowest")
+    table = Table()
+    for name in ("rank", "linear", "attention", "reduce", "wait", "outside kernels"):
+        table.add_column(name, justify="right")
+    for row in breakdown.ranks:
+        parts = (row.linear_ms, row.attention_ms, row.reduce_ms, row.wait_ms, row.outside_ms)
+        table.add_row(str(row.rank), *(f"{part:.3f}" for part in parts))
+    Console().print(table)

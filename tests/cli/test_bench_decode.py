@@ -15,9 +15,9 @@ from dist_lowbit.assembly.mode import Mode
 from dist_lowbit.assembly.skeleton import class_of, empty_model
 from dist_lowbit.assembly.source import source_target
 from dist_lowbit.bench import llama_peer
-from dist_lowbit.bench.decode import Line, Run, percentile, run, weight_bytes
+from dist_lowbit.bench.decode import Line, Run, broken_down, percentile, run, weight_bytes
 from dist_lowbit.bench.random_model import RandomWeights, make_model
-from dist_lowbit.bench.runners import ForwardLoop
+from dist_lowbit.bench.runners import ForwardLoop, Parts
 from dist_lowbit.bench.shapes import SHAPES, config_of
 from dist_lowbit.cli.bench_decode import print_table
 from dist_lowbit.comm import SingleGroup
@@ -165,11 +165,14 @@ def test_llama_cpp_runs_beside_ours(shape: str) -> None:
 
 
 def test_the_table_has_a_row_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = (*(1.0,) * 6, 1 << 20, 30.0, 0.5, 0.03, 1, 2, 3, 4, 5, None, 1.0, 1.0, 3)
+    parts = broken_down([Parts(0.004, 0.001, 0.002, 0.0015, 0.0075), Parts(0.005, 0.001, 0.001, 0.0005, 0.0075)])
+    numbers = (*(1.0,) * 6, 1 << 20, 30.0, 0.5, 0.03, 1, 2, 3, 4, 5, None, 1.0, 1.0, 3, parts)
     print_table([Line("llama-1b", "nf4", 64, "decoder native", *numbers)])  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert "llama-1b: 3 x 4 tokens, then 5 each; 2 rank(s) of 1 thread(s); memory reads at 30.0 GB/s" in out
     assert re.search(r"decoder native .* nf4 .* 0\.50 .* 0\.030 .* 1 ", out)
+    assert "decoder native: where the milliseconds of a step go; rank 1 is the slowest" in out
+    assert re.search(r" 0 .* 4\.000 .* 1\.000 .* 0\.500 .* 1\.500 .* 0\.500 ", out)
 
 
 REFUSED = {
@@ -183,6 +186,10 @@ REFUSED = {
     "batch": (["--batch", 0], r"--batch is 0; expected 1 or more"),
     "too long": (["--prompt", 4000, "--new", 200], r"--prompt 4000 and --new 200 exceed the 4096 tokens of llama-1b"),
     "peer": (["--peer", "vllm"], r"--peer is 'vllm'; expected llama\.cpp"),
+    "breakdown": (
+        ["--breakdown", "--decoder", "off", "--shape", "SHAPE", "--prompt", 4, "--new", 2],
+        r"--breakdown needs the compiled decoder, and .* runs by: forward",
+    ),
     "decoder": (["--decoder", "fast"], r"decoder is 'fast'; expected"),
     "cache": (["--kv-cache-dtype", "fp4"], r"kv_cache_dtype is 'fp4'; expected"),
 }
@@ -190,8 +197,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.usefixtures("kernels")
-def test_bad_input_is_a_sentence(case: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_a_sentence(
+    case: str, cli: Cli, shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     words, text = REFUSED[case]
+    words = [shape if word == "SHAPE" else word for word in words]
     sentence = cli("bench", "decode", *words).sentence()
     assert re.search(text, sentence), sentence
