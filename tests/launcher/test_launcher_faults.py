@@ -283,19 +283,3 @@ def test_suspended_and_continued(launch: Launch) -> None:
     os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=5)
     assert process.returncode == 137
-
-
-@pytest.mark.slow
-def test_many_kills_at_random_moments(launch: Launch) -> None:
-    script = launch.script(STUBBORN)
-    for i in range(10):
-        for rank in range(3):
-            (launch.folder / f"pid{rank}").unlink(missing_ok=True)
-        process = launch.start("-n", "3", "--grace", "0.1", script)
-        victim = i % 3
-        pid = int(launch.wait_for(f"pid{victim}"))
-        time.sleep(0.003 * (i % 7))
-        os.kill(pid, signal.SIGKILL)
-        _, err = process.communicate(timeout=5)
-        assert process.returncode == 137, err
-        assert f"rank {victim} (pid {pid} on host" in err
