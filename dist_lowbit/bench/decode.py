@@ -21,7 +21,7 @@ from dist_lowbit.formats.packed import part_layout
 from dist_lowbit.parallel import LowBitLinear
 from dist_lowbit.parallel.experts import ExpertStack
 
-from .machine import MemoryReader, kernels_on, require_kernels
+from .machine import MemoryReader, beyond_cache, kernels_on, require_kernels
 from .random_model import make_model
 from .random_weights import generator
 from .runners import ForwardLoop, GenerateRunner, LlamaCpp, LoopRunner, Parts, Prompts, Runner, Times
@@ -138,7 +138,7 @@ def run(what: Run, group: Group, mode: Mode, read_bytes: int | None = None) -> I
             peer.run(prompts, _WARM)
             size, held = _sum(group, peer.weight_bytes), _sum(group, peer.peak_rss())
             entrants.append(Entrant(peer, "q4_0", 32, size, held))
-        yield from _measure(what, group, entrants, prompts, MemoryReader(read_bytes))
+        yield from _measure(what, group, entrants, prompts, _reader(group, read_bytes))
 
 
 def own_loop(model: nn.Module) -> LoopRunner:
@@ -197,6 +197,11 @@ def _read(group: Group, reader: MemoryReader) -> float:
     group.barrier()
     answers: list[Any] = group.gather_object(statistics.median(reader.gbps()))
     return float(sum(answers))
+
+
+def _reader(group: Group, size: int | None) -> MemoryReader:
+    """Return a reader of this rank's share of a gigabyte, or of what no cache holds."""
+    return MemoryReader(size or max((1 << 30) // group.size, beyond_cache()))
 
 
 def _measure(
