@@ -14,7 +14,7 @@ namespace dlb {
 namespace {
 
 constexpr int64_t kTileFloats = 4096;            // segments of a few rows on their way into the sums
-constexpr int64_t kPanelsBytes = 256 << 10;      // weights of all terms that a thread takes at a time
+constexpr int64_t kTasksPerThread = 4;           // enough that nobody waits long for the last one
 constexpr int64_t kActivationBytes = 256 << 10;  // activations that stay in a core's L2 cache
 constexpr int64_t kSerialWork = 1 << 16;         // multiplications below which waking others costs more than it saves
 
@@ -27,11 +27,10 @@ struct Sum {
 };
 
 void cut_tasks(Sum* sum) {
-    int64_t panel_bytes = 1, token_bytes = 1;
+    int64_t token_bytes = 1;
     bool listed = false;
     for (int64_t i = 0; i < sum->count; ++i) {
         const LinearView& w = sum->terms[i].job.weight.view;
-        panel_bytes += w.panel_bytes;
         token_bytes = std::max(token_bytes, sum->terms[i].job.weight.codes != nullptr ? w.k : w.k * 4);
         listed |= sum->terms[i].row != nullptr;
     }
@@ -39,8 +38,10 @@ void cut_tasks(Sum* sum) {
     // Rows that are listed by term are all taken at once: the term's weights are then read once.
     sum->m_step = listed || sum->m <= fit ? sum->m : std::max<int64_t>(24, fit / 24 * 24);
     sum->panels = ceil_div(sum->n, kPanelRows);
+    // As many panels of a term one after the other as may be: memory is read fastest in long stretches.
     const int64_t columns = kTileFloats / kSegments / std::min<int64_t>(sum->m_step, 32);
-    sum->panel_step = std::max<int64_t>(1, std::min(columns / kPanelRows, kPanelsBytes / panel_bytes));
+    const int64_t share = sum->panels / (kTasksPerThread * thread_count());
+    sum->panel_step = std::max<int64_t>(1, std::min(columns / kPanelRows, share));
     sum->panel_tasks = ceil_div(sum->panels, sum->panel_step);
 }
 
