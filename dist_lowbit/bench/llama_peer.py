@@ -8,6 +8,7 @@ file of the shape of a Hugging Face config, opens it with room for `batch` seque
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -17,23 +18,24 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK, _BLOCK_BYTES = 32, 18  # Q4_0: 32 weights as an fp16 scale and 16 bytes of nibbles
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ROUTER = "ffn_gate_inp.weight"  # kept in fp32, as llama.cpp's own converter does
 
 
-def q4_0(rng: Any, shape: tuple[int, int]) -> Any:
-    """Return random Q4_0 rows, uint8 [N, K / 32 * 18], of about the size that keeps activations in range."""
+def q4_0(rng: Any, shape: tuple[int, ...]) -> Any:
+    """Return random Q4_0 rows, uint8 [..., K / 32 * 18], of about the size that keeps activations in range."""
     import numpy as np
 
-    blocks = shape[1] // _BLOCK
-    words = rng.integers(0, 1 << 64, size=-(-shape[0] * blocks * _BLOCK_BYTES // 8), dtype=np.uint64)
-    data = words.view(np.uint8)[: shape[0] * blocks * _BLOCK_BYTES].reshape(shape[0] * blocks, _BLOCK_BYTES)
-    scale = np.full(shape[0] * blocks, 1 / (4 * shape[1] ** 0.5), dtype=np.float16)
+    blocks = math.prod(shape) // _BLOCK
+    words = rng.integers(0, 1 << 64, size=-(-blocks * _BLOCK_BYTES // 8), dtype=np.uint64)
+    data = words.view(np.uint8)[: blocks * _BLOCK_BYTES].reshape(blocks, _BLOCK_BYTES)
+    scale = np.full(blocks, 1 / (4 * shape[-1] ** 0.5), dtype=np.float16)
     data[:, :2] = scale.view(np.uint8).reshape(-1, 2)
-    return data.reshape(shape[0], blocks * _BLOCK_BYTES)
+    return data.reshape(*shape[:-1], shape[-1] // _BLOCK * _BLOCK_BYTES)
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the GGUF name and shape of every tensor of a model; matrices are to be Q4_0, vectors fp32."""
+    """Yield the GGUF name and shape of every tensor of a model (see `quantized`)."""
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     query = config["num_attention_heads"] * head
@@ -46,24 +48,47 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{name}attn_{part}.weight", (size, hidden)
             if config["model_type"] == "qwen2":
                 yield f"{name}attn_{part}.bias", (size,)
+        if config["model_type"] == "qwen3":
+            yield name + "attn_q_norm.weight", (head,)
+            yield name + "attn_k_norm.weight", (head,)
         yield name + "attn_output.weight", (hidden, query)
         yield name + "ffn_norm.weight", (hidden,)
-        yield name + "ffn_gate.weight", (ffn, hidden)
-        yield name + "ffn_up.weight", (ffn, hidden)
-        yield name + "ffn_down.weight", (hidden, ffn)
+        experts = config.get("num_local_experts")
+        if experts:
+            yield name + _ROUTER, (experts, hidden)
+        stack, suffix = ((experts,), "_exps.weight") if experts else ((), ".weight")
+        yield f"{name}ffn_gate{suffix}", (*stack, ffn, hidden)
+        yield f"{name}ffn_up{suffix}", (*stack, ffn, hidden)
+        yield f"{name}ffn_down{suffix}", (*stack, hidden, ffn)
     yield "output_norm.weight", (hidden,)
     yield "output.weight", (vocab, hidden)
 
 
-def write(path: Path, config: dict[str, Any]) -> int:
-    """Write the file, tensor by tensor; return the bytes of the weights that a step reads."""
+def quantized(name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is written in Q4_0."""
+    return len(shape) > 1 and not name.endswith(_ROUTER)
+
+
+def step_bytes(config: dict[str, Any], batch: int) -> int:
+    """Return the bytes of all matrices but the embedding; of experts, as many as `batch` tokens choose on average."""
+    experts = config.get("num_local_experts") or 1
+    chosen = experts * (1 - (1 - config.get("num_experts_per_tok", 1) / experts) ** batch) / experts
+    total = 0.0
+    for name, shape in tensors(config):
+        if quantized(name, shape) and name != "token_embd.weight":
+            total += math.prod(shape) // _BLOCK * _BLOCK_BYTES * (chosen if len(shape) == 3 else 1)
+    return int(total)
+
+
+def write(path: Path, config: dict[str, Any]) -> None:
+    """Write the file, tensor by tensor."""
     import gguf
     import numpy as np
 
     kind = config["model_type"]
     if kind not in _ARCHITECTURES:
         raise ValueError(f"it is given shapes of {', '.join(_ARCHITECTURES)} here, not of {kind}")
-    odd = [name for name, shape in tensors(config) if len(shape) == 2 and shape[1] % _BLOCK]
+    odd = [name for name, shape in tensors(config) if quantized(name, shape) and shape[-1] % _BLOCK]
     if odd:
         raise ValueError(f"Q4_0 takes rows of whole blocks of {_BLOCK}, and {odd[0]} has others")
     writer = gguf.GGUFWriter(path, _ARCHITECTURES[kind])
@@ -83,29 +108,29 @@ def write(path: Path, config: dict[str, Any]) -> int:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     writer.add_tokenizer_model("no_vocab")
-    read = 0
+    if config.get("num_local_experts"):
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
     for name, shape in tensors(config):
-        if len(shape) == 1:
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
-            continue
-        stored = (shape[0], shape[1] // _BLOCK * _BLOCK_BYTES)
-        size = stored[0] * stored[1]
-        kind_of = gguf.GGMLQuantizationType.Q4_0
-        writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=kind_of)
-        read += size if name != "token_embd.weight" else 0
+        if quantized(name, shape):
+            stored = (*shape[:-1], shape[-1] // _BLOCK * _BLOCK_BYTES)
+            kind_of = gguf.GGMLQuantizationType.Q4_0
+            writer.add_tensor_info(name, stored, np.dtype(np.uint8), math.prod(stored), raw_dtype=kind_of)
+        else:
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * math.prod(shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     rng = np.random.Generator(np.random.SFC64(0))
     for name, shape in tensors(config):
-        if len(shape) == 2:
-            writer.write_tensor_data(q4_0(rng, (shape[0], shape[1])))
-        elif name.endswith("bias"):
-            writer.write_tensor_data(rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02))
+        if quantized(name, shape):
+            data = q4_0(rng, shape)
+        elif name.endswith("norm.weight"):
+            data = np.ones(shape, dtype=np.float32)
         else:
-            writer.write_tensor_data(np.ones(shape, dtype=np.float32))
+            data = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+        writer.write_tensor_data(data)
     writer.close()
-    return read
 
 
 class Model:
@@ -183,12 +208,12 @@ def peak_rss() -> int:
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
 
-def prepare(request: dict[str, Any], threads: int) -> tuple[Model, int]:
+def prepare(request: dict[str, Any], threads: int) -> Model:
     """Write the file and open it; the open file outlives its name."""
     with tempfile.TemporaryDirectory(prefix="dist_lowbit_bench_") as folder:
         path = Path(folder) / "random.gguf"
-        read = write(path, request["config"])
-        return Model(path, threads, request["rows"], request["batch"]), read
+        write(path, request["config"])
+        return Model(path, threads, request["rows"], request["batch"])
 
 
 def main() -> None:
@@ -203,8 +228,8 @@ def main() -> None:
         answer: dict[str, Any]
         try:
             if request["op"] == "prepare":
-                model, read = prepare(request, len(cpus))
-                answer = {"weight_bytes": read}
+                model = prepare(request, len(cpus))
+                answer = {"weight_bytes": step_bytes(request["config"], request["batch"])}
             elif request["op"] == "run":
                 assert model is not None
                 answer = model.run(request["prompts"], request["new"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
 from dist_lowbit.assembly.mode import Mode
 from dist_lowbit.assembly.skeleton import class_of, empty_model
@@ -17,7 +19,7 @@ from dist_lowbit.assembly.source import source_target
 from dist_lowbit.bench import llama_peer
 from dist_lowbit.bench.decode import Line, Run, broken_down, percentile, run, weight_bytes
 from dist_lowbit.bench.random_model import RandomWeights, make_model
-from dist_lowbit.bench.runners import ForwardLoop, Parts
+from dist_lowbit.bench.runners import ForwardLoop, LlamaCpp, Parts
 from dist_lowbit.bench.shapes import SHAPES, config_of
 from dist_lowbit.cli.bench_decode import print_table
 from dist_lowbit.comm import SingleGroup
@@ -129,7 +131,7 @@ def test_random_models_speak_of_numbers_and_in_turn(shape: str) -> None:
 @pytest.mark.parametrize("name", [n for n in SHAPES if n.startswith("llama")])
 def test_shapes_have_the_sizes_of_their_names(name: str) -> None:
     config = config_of(name)
-    counted = sum(a[0] * (a[1] if len(a) > 1 else 1) for _, a in llama_peer.tensors(config.to_dict()))
+    counted = sum(math.prod(sizes) for _, sizes in llama_peer.tensors(config.to_dict()))
     billions = {"1b": 1.1, "7b": 6.74, "13b": 13.0, "8b": 8.03, "70b": 69.0, "70b/8": 69.0 / 8}
     # Known to two figures or three; of the eighth, norms and one key/value head less than a full eighth.
     assert counted / 1e9 == pytest.approx(billions[name.rpartition("-")[2]], rel=0.03)
@@ -153,6 +155,18 @@ def test_a_peer_is_handed_the_same_sizes() -> None:
     assert shapes["blk.1.attn_k.weight"] == (32, 64)
     assert shapes["blk.0.attn_q.bias"] == (64,)
     assert sum(1 for shape in shapes.values() if len(shape) == 2) == 2 + 2 * 7
+    assert llama_peer.step_bytes(config, 1) == (128 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)) * 18 // 32
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llama_cpp"), reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("kind", ["mistral", "mixtral", "qwen2", "qwen3"])
+def test_llama_cpp_takes_the_files_of_every_kind(kind: str) -> None:
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+    config = AutoConfig.for_model(kind, **SIZES, **HEADS, **more)
+    with LlamaCpp(config.to_dict(), SingleGroup(), [min(os.sched_getaffinity(0))], 8, 2) as peer:
+        times = peer.run([[1, 2, 3], [4, 5, 6]], 3)
+        assert len(times.steps) == 2
+        assert peer.peak_rss() > 1 << 20
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llama_cpp"), reason="llama-cpp-python is not installed")
