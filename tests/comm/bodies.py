@@ -482,3 +482,54 @@ def hierarchy_trouble(job: Job) -> dict[str, Any]:
             group.all_reduce(x)
     except CommError as error:
         return {"message": str(error), "rank": error.rank, "seconds": time.monotonic() - start}
+
+
+def torch_ccl(job: Job) -> Any:
+    """Every collective of torch.distributed over the backend that the import registers."""
+    import torch.distributed as dist
+
+    import dist_lowbit.comm.torch_ccl
+
+    assert dist_lowbit.comm.torch_ccl.register() == "registered before"
+    dist.init_process_group("ccl")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    assert dist.get_backend() == "ccl"
+    parts = [values(3, other, 1000, torch.float32) for other in range(size)]
+    x = parts[rank].clone()
+    dist.all_reduce(x)
+    assert same_bits(x, tree_sum(parts))
+    for op, expected in ((dist.ReduceOp.MAX, size), (dist.ReduceOp.PRODUCT, torch.tensor(range(1, size + 1)).prod())):
+        y = torch.tensor([rank + 1])
+        dist.all_reduce(y, op)
+        assert int(y) == int(expected)
+    dist.broadcast(y.fill_(rank), 1)
+    assert int(y) == 1
+    every = [torch.empty(2, 3) for _ in range(size)]
+    dist.all_gather(every, torch.full((2, 3), float(rank)))
+    assert [float(part[1, 2]) for part in every] == list(range(size))
+    whole = torch.empty(2 * size)
+    dist.all_gather_into_tensor(whole, torch.full((2,), float(rank)))
+    assert whole.tolist() == [float(other) for other in range(size) for _ in range(2)]
+    share = torch.empty(2)
+    dist.reduce_scatter_tensor(share, torch.arange(2.0 * size))
+    assert share.tolist() == [size * 2.0 * rank, size * (2.0 * rank + 1)]
+    swapped = torch.empty(size)
+    dist.all_to_all_single(swapped, torch.arange(size) + 10.0 * rank)
+    assert swapped.tolist() == [10.0 * other + rank for other in range(size)]
+    dist.reduce(z := torch.ones(3), 0)
+    assert rank or z.tolist() == [size] * 3
+    dist.scatter(share, [torch.full((2,), float(other)) for other in range(size)] if rank == 0 else None, src=0)
+    assert share.tolist() == [rank, rank]
+    gathered = [torch.empty(2) for _ in range(size)] if rank == 0 else None
+    dist.gather(share, gathered, dst=0)
+    assert gathered is None or [float(part[0]) for part in gathered] == list(range(size))
+    objects: list[Any] = [None] * size
+    dist.all_gather_object(objects, {"rank": rank})
+    assert objects == [{"rank": other} for other in range(size)]
+    pair = dist.new_group([0, 1], backend="ccl")
+    if rank < 2:
+        dist.all_reduce(w := torch.ones(2), group=pair)
+        assert w.tolist() == [2, 2]
+    dist.barrier()
+    dist.destroy_process_group()
+    return True

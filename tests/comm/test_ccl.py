@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_lowbit.comm.ccl import environment
 from dist_lowbit.core.rank import RankInfo
 from dist_lowbit.kernels import ccl
 from dist_lowbit.kernels.ccl import build
 from tests.comm.conftest import require
+from tests.comm.harness import Farm
 
 PAIR = RankInfo(1, 2, 1, 2, "127.0.0.1", 1, "test")
 OFI = {"CCL_ATL_TRANSPORT": "ofi", "CCL_PROCESS_LAUNCHER": "none", "FI_PROVIDER": "tcp"}
@@ -79,3 +82,25 @@ def test_many_processes_build_once(tmp_path: Path) -> None:
     assert path.is_file()
     assert path.name.startswith("ccl-")
     assert log.read_text() == "x\n"
+
+
+def test_torch_distributed_over_ccl(farm: Farm) -> None:
+    require("ccl")
+    outcome = farm.run("torch_ccl", 3, timeout=60)
+    assert outcome.values == {0: True, 1: True, 2: True}, outcome.errors or outcome.output
+
+
+@pytest.mark.parametrize(("version", "used"), [("2.13.1+cpu", True), ("2.12.0", False), (None, False)])
+def test_bindings_are_used_where_they_are_for_this_torch(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, used: bool
+) -> None:
+    from dist_lowbit.comm import torch_ccl
+
+    def installed(name: str) -> str:
+        if version is None or name != "oneccl_bindings_for_pytorch":
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", installed)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    assert torch_ccl.bindings_version() == (version if used else None)
