@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 from pathlib import Path
 
-ABI_VERSION = 5  # raised with every incompatible change of the dlb_* functions
+ABI_VERSION = 6  # raised with every incompatible change of the dlb_* functions
 LIBRARY_NAME = "libdist_lowbit.so"
 
 

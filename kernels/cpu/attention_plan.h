@@ -28,11 +28,11 @@ inline Buffer make_buffer(int64_t floats) {
 // What is attended to, and what a decoder's step does to rows on their way. The hooks are called by any thread; those
 // that are set need args.row_begin.
 struct AttentionCall {
-    dlb_attention_args args;     // args.q may be null where load_query is set; kv_type may be DLB_KV_INT8
-    const uint16_t* k_scale;     // int8: fp16 [blocks, KV heads, slots of a block]
-    const uint16_t* v_scale;     // the same
-    int64_t scale_stride[2];     // of both: block, KV head
-    void* context;               // of the hooks
+    dlb_attention_args args;  // args.q may be null where load_query is set; kv_type may be DLB_KV_INT8
+    const uint16_t* k_scale;  // int8: fp16 [blocks, KV heads, slots of a block]
+    const uint16_t* v_scale;  // the same
+    int64_t scale_stride[2];  // of both: block, KV head
+    void* context;            // of the hooks
     // Write head_dim floats of query head `head` of packed row `row`; null: they are copied from args.q.
     void (*load_query)(void* context, int64_t row, int64_t head, float* out);
     // Put the keys and values of packed rows [row, row + rows), all of one sequence, into the cache; null: they are in.

@@ -110,7 +110,7 @@ const KernelTable& active_table() {
 
 }  // namespace dlb
 
-DLB_API int dlb_abi_version(void) { return 5; }
+DLB_API int dlb_abi_version(void) { return 6; }
 
 DLB_API int dlb_isa_count(void) { return dlb::tables().count; }
 

@@ -118,7 +118,7 @@ bool apply_rows(const dlb_rows_in& in, const dlb_rows_out& out, int64_t begin, i
                                               : buffer;
         const float* x = finish_row(kernels, in, r, place);
         if (in.rows_out != nullptr && x != place) memcpy(place, x, static_cast<size_t>(in.k) * 4);
-        if (x != to.y) kernels.finish(x, to.bias, to.residual, to.y_type, to.y, in.k);
+        if (!plain || x != to.y) kernels.finish(x, to.bias, to.residual, to.y_type, to.y, in.k);
     }
     return true;
 }

@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from dist_lowbit.comm import init_group
+from dist_lowbit.decoder.native import NativeDecoder
 from tests.comm.harness import Job
+from tests.decoder.program_kinds import KINDS, ROUTED
 from tests.decoder.runs import FORCED, PROMPT, SHORT, TEXT, Runner, run_alone, run_in_company, tiny_program
+from tests.decoder.tiny_programs import Builder, mixed
 from tests.e2e.bodies import digest
 
 STEPS = [len(PROMPT)] + [1] * len(FORCED)
@@ -44,4 +47,16 @@ def same_bits(job: Job) -> Any:
                     "chunks": digest(run_alone(program, executor, TEXT, [5, 1, 7, 3])),
                     "company": digest(run_in_company(program, executor, TEXT, [6, 1, 6, 1, 2])),
                 }
+    return result
+
+
+@torch.inference_mode()
+def native_digests(job: Job) -> Any:
+    """Run tiny programs with the executor in C++; return the digests of their logits."""
+    result = {}
+    with init_group() as group:
+        for kind in (*KINDS, *ROUTED):
+            if kind.name in job.args["kinds"]:
+                program = Builder(kind, group).program()
+                result[kind.name] = digest(mixed(NativeDecoder(program), kind, program))
     return result

@@ -11,13 +11,14 @@ from dist_lowbit.assembly.build import state_of
 from dist_lowbit.comm import Group
 from dist_lowbit.decoder.blocks import BlockTables
 from dist_lowbit.decoder.build_program import build_program
+from dist_lowbit.decoder.native import NativeDecoder
 from dist_lowbit.decoder.program import Program
 from dist_lowbit.decoder.step import Executor, Step
 from dist_lowbit.decoder.torch_decoder import TorchDecoder
 from dist_lowbit.optimize import optimize_model
 from tests.decoder.tiny_families import tiny_model
 
-EXECUTORS: dict[str, type[Executor]] = {"torch": TorchDecoder}
+EXECUTORS: dict[str, type[Executor]] = {"torch": TorchDecoder, "native": NativeDecoder}
 PROMPT = [1, 5, 17, 80, 33, 99, 4, 4, 62, 9, 21, 50]
 FORCED = [7, 55, 98, 3]  # decode steps with given tokens
 SHORT = PROMPT[2:9]
