@@ -50,24 +50,23 @@ def _read(path: Path) -> str:
     return path.read_text() if path.is_file() else ""
 
 
-def core_ids(cpus: set[int]) -> dict[int, int]:
+def core_ids(cpus: set[int], sys: Path = _SYS) -> dict[int, int]:
     """Return for each cpu the lowest cpu of its physical core (itself where the kernel does not say)."""
     ids = {}
     for cpu in cpus:
-        siblings = parse_cpu_list(_read(_SYS / f"system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        siblings = parse_cpu_list(_read(sys / f"system/cpu/cpu{cpu}/topology/thread_siblings_list"))
         ids[cpu] = min(siblings, default=cpu)
     return ids
 
 
+def plan_on(environ: Mapping[str, str], allowed: set[int], sys: Path = _SYS) -> ThreadPlan:
+    """Return the plan for the affinity mask `allowed` on the machine that the folder `sys` (/sys/devices) describes."""
+    return plan(environ, allowed, core_ids(allowed, sys), parse_cpu_list(_read(sys / "cpu_core/cpus")))
+
+
 def plan_here(environ: Mapping[str, str] | None = None) -> ThreadPlan:
     """Return the plan for this process as it is bound now; environ: instead of the process's own."""
-    allowed = os.sched_getaffinity(0)
-    return plan(
-        os.environ if environ is None else environ,
-        allowed,
-        core_ids(allowed),
-        parse_cpu_list(_read(_SYS / "cpu_core/cpus")),
-    )
+    return plan_on(os.environ if environ is None else environ, os.sched_getaffinity(0))
 
 
 def limit_torch() -> None:
