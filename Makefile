@@ -5,6 +5,7 @@
 #   make wheel     dist/dist_lowbit-*-py3-none-linux_*.whl
 #   make lint      ruff, mypy --strict, clang-format; make format mends what they can mend
 #   make emulated build the kernels for tests of ISAs that the processor lacks; needs SIMDe (libsimde-dev)
+#   make sanitize  the kernels with AddressSanitizer and UBSan, every buffer against a page that may not be touched
 #   make clean     remove everything that these made
 # Variables: PYTHON, PIP_ARGS (options for pip install), PYTEST_ARGS, SANITIZE (of the kernels: address,undefined or thread)
 
@@ -42,7 +43,7 @@ CXX_FILES = $(shell git ls-files -co --exclude-standard 'kernels/*.cpp' 'kernels
 SAMPLE := dist_lowbit/sample/storyteller
 DEMO := demo-out
 
-.PHONY: help demo set-up-test emulated test test-all wheel lint lint-ruff lint-mypy lint-cxx format clean
+.PHONY: help demo set-up-test emulated sanitize test test-all wheel lint lint-ruff lint-mypy lint-cxx format clean
 
 help:
 	@sed -n 's/^#   //p; s/^# \(Variables.*\)/\1/p' Makefile
@@ -77,7 +78,14 @@ demo: $(VENV)/.kernels
 	$(BIN)/dist-lowbit generate $(DEMO) -n 2 --prompt "Once upon a time" --max-new-tokens 48
 
 # The set-up of make test alone.
-set-up-test: $(VENV)/.test $(VENV)/.kernels emulated
+set-up-# A driver in C++: no Python, no preloaded runtime.
+sanitize: $(VENV)/.base
+	$(BIN)/cmake -S kernels/cpu -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DDLB_TESTS=ON \
+	    -DDLB_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" --log-level=WARNING
+	$(BIN)/cmake --build build/sanitize --target dlb_guarded -- --quiet
+	build/sanitize/dlb_guarded
+
+test: $(VENV)/.test $(VENV)/.kernels emulated
 
 # Without SIMDe the tests of emulated kernels are skipped, and say so. At -O3 these would compile for minutes.
 emulated: $(VENV)/.base

@@ -12,6 +12,13 @@ constexpr int kSegments = 8;
 constexpr int kMaxBits = 8;
 constexpr int kElements = 5;
 
+// The tokens of a vector ISA's largest tile. A sanitized build keeps tiles small: it would compile for many minutes.
+#ifdef DLB_MOST_TOKENS
+#define DLB_TOKENS(most) ((most) < DLB_MOST_TOKENS ? (most) : DLB_MOST_TOKENS)
+#else
+#define DLB_TOKENS(most) (most)
+#endif
+
 // A number as a type, to choose an overload.
 template <int Value>
 struct Const {};

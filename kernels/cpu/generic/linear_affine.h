@@ -10,7 +10,10 @@
 //   widen_codes scale16 scale32 set1_f set1_32 sub_scaled to_f add mul store     see the ISA files
 
 // Unrolling is by templates that hand references on: lambdas would leave the sums in memory (GCC 12).
+// A sanitized build says plain `inline`: checks around each load, unrolled this far, compile for many minutes.
+#ifndef DLB_INLINE
 #define DLB_INLINE inline __attribute__((always_inline))
+#endif
 
 // Quad q of a chunk's b lines, moved to the bits [shift, shift + b) of every byte.
 template <class V, int B, int Q, int Shift>

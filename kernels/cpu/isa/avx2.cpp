@@ -12,7 +12,7 @@ namespace {
 #include "../generic/tree.h"
 
 struct Avx2 : Base256 {
-    static constexpr int kTokens = 4, kElementTokens = 3;
+    static constexpr int kTokens = DLB_TOKENS(4), kElementTokens = DLB_TOKENS(3);
     static constexpr bool kSignedBytes = true;
 
     // A pair of products is at most 2 * 127 * (2^bits - 1), so this many pairs fit an int16: 8 of 4 bits (30480),

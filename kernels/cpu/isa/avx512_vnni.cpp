@@ -13,7 +13,8 @@ namespace {
 struct Avx512 {
     using I = __m512i;
     using F = __m512;
-    static constexpr int kLanes = 16, kHalves = 1, kPrefetch = 8192, kTokens = 8, kElementTokens = 6;
+    static constexpr int kLanes = 16, kHalves = 1, kPrefetch = 8192;
+    static constexpr int kTokens = DLB_TOKENS(8), kElementTokens = DLB_TOKENS(6);
     static constexpr bool kSignedBytes = false;
 
     template <int Bits, int Tokens>

@@ -12,7 +12,7 @@ namespace {
 #include "../generic/tree.h"
 
 struct AvxVnni : Base256 {
-    static constexpr int kTokens = 6;
+    static constexpr int kTokens = DLB_TOKENS(6);
     static constexpr bool kSignedBytes = false;
 
     template <int Bits, int Tokens>
