@@ -76,6 +76,37 @@ def test_generate_under_every_launcher(style: str, words: tuple[str, ...]) -> No
     check(style, words)
 
 
+@pytest.fixture(scope="session")
+def mpich(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return MPICH's mpirun, in a folder of its own: its wheel would put it in the place of Intel's."""
+    folder = tmp_path_factory.mktemp("mpich")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "mpich"]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mpich cannot be installed here: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    return folder / "bin" / "mpirun"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_generate_under_mpich_directly_and_as_a_style(mpich: Path) -> None:
+    assert run(mpich, "-n", 2, sys.executable, EXAMPLES / "generate.py", *GREEDY).count(alone(*GREEDY)) == 1
+    words = ["-n", 2, "--style", "mpirun", "--no-prefix", EXAMPLES / "generate.py"]
+    said = run(sys.executable, "-c", WITH_MPICH, mpich, *words, *GREEDY)
+    assert said.count(alone(*GREEDY)) == 1, said
+
+
+# The launcher would take the mpirun beside this Python first.
+WITH_MPICH = """
+import sys
+from dist_lowbit.launcher import __main__ as launcher
+from dist_lowbit.launcher.runners import RUNNERS, mpirun
+found = mpirun.MpirunRunner(sys.argv[1], "mpich")
+RUNNERS["mpirun"] = lambda: found
+sys.exit(launcher.main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.slow
 def test_sampling_is_not_greedy() -> None:
     assert alone(*GREEDY) != alone(*SAMPLED)
