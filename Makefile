@@ -78,14 +78,7 @@ demo: $(VENV)/.kernels
 	$(BIN)/dist-lowbit generate $(DEMO) -n 2 --prompt "Once upon a time" --max-new-tokens 48
 
 # The set-up of make test alone.
-set-up-# A driver in C++: no Python, no preloaded runtime.
-sanitize: $(VENV)/.base
-	$(BIN)/cmake -S kernels/cpu -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DDLB_TESTS=ON \
-	    -DDLB_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" --log-level=WARNING
-	$(BIN)/cmake --build build/sanitize --target dlb_guarded -- --quiet
-	build/sanitize/dlb_guarded
-
-test: $(VENV)/.test $(VENV)/.kernels emulated
+set-up-test: $(VENV)/.test $(VENV)/.kernels emulated
 
 # Without SIMDe the tests of emulated kernels are skipped, and say so. At -O3 these would compile for minutes.
 emulated: $(VENV)/.base
@@ -94,6 +87,13 @@ emulated: $(VENV)/.base
 	        -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 --log-level=WARNING && \
 	    $(BIN)/cmake --build build/emulated -- --quiet; \
 	else echo "no <simde/x86/avx512.h> (Debian: libsimde-dev): the tests of emulated kernels will be skipped"; fi
+
+# A driver in C++: no Python, no preloaded runtime.
+sanitize: $(VENV)/.base
+	$(BIN)/cmake -S kernels/cpu -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DDLB_TESTS=ON \
+	    -DDLB_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" --log-level=WARNING
+	$(BIN)/cmake --build build/sanitize --target dlb_guarded -- --quiet
+	build/sanitize/dlb_guarded
 
 test: $(VENV)/.test $(VENV)/.kernels emulated
 	$(CHECKED) $(BIN)/python -m pytest $(PYTEST_ARGS)
