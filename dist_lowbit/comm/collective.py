@@ -25,6 +25,7 @@ class Table(ctypes.Structure):
         ("size", c_int32),
         ("all_reduce", AllReduce),
         ("all_gather", AllGather),
+        ("waited", c_void_p),
     ]
 
 

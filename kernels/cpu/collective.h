@@ -18,6 +18,8 @@ struct dlb_collective {
     // Put counts[rank] floats of every rank one after another into out; own holds counts[own rank] and is no part of
     // out.
     int (*all_gather)(void* context, const float* own, float* out, const int64_t* counts);
+    // Null, or what the calls so far have spent waiting for other ranks to come, in ticks of the time stamp counter.
+    const uint64_t* waited;
 };
 
 // Make `runs` all-reduces of data[0, count) one after another, as a decoder would, and put the time of each into

@@ -57,7 +57,7 @@ int dlb_decoder::run_slice(const Slice& slice) {
 
 // A later slice of a sequence finds the keys of the earlier ones in the cache, so slices change no result.
 int dlb_decoder::step(const dlb_step& s) {
-    clock.start();
+    clock.start(ranks_ ? ranks_->waited : nullptr);
     int status = check(s);
     if (status != DLB_OK) return status;
     if (!make_room(std::min(s.rows, dlb::kSliceRows))) return DLB_NO_MEMORY;

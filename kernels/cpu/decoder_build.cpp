@@ -46,6 +46,7 @@ void Clock::read(dlb_decoder_times* times, bool reset) {
         times->total += *into[i];
         if (reset) spent_[i] = 0;
     }
+    times->reduce += times->wait;
 }
 
 }  // namespace dlb

@@ -3,7 +3,6 @@
 
 using dlb::kLinear;
 using dlb::kOther;
-using dlb::kReduce;
 
 namespace {
 
@@ -109,7 +108,7 @@ int dlb_decoder::gather(const float* own, int64_t rows, float* out, int64_t out_
     for (int r = 0; r < ranks_->size; r++) counts_[r] = rows * widths[r];
     float* all = rows == 1 ? out : all_logits_;
     const int status = ranks_->all_gather(ranks_->context, own, all, counts_.data());
-    clock.stamp(kReduce);
+    clock.stamp_reduce(ranks_->waited);
     if (status != 0) return DLB_STEP_FAULT;
     if (rows == 1) return DLB_OK;
     int64_t at = 0;

@@ -4,7 +4,6 @@
 using dlb::kAttention;
 using dlb::kLinear;
 using dlb::kOther;
-using dlb::kReduce;
 
 namespace {
 
@@ -59,7 +58,7 @@ int dlb_decoder::product(const dlb_rows_in& in, const Matrix& w, const dlb_rows_
 int dlb_decoder::reduce(float* data, int64_t count) {
     if (count == 0) return DLB_OK;
     const int status = ranks_->all_reduce(ranks_->context, data, count);
-    clock.stamp(kReduce);
+    clock.stamp_reduce(ranks_->waited);
     if (status != 0) return DLB_STEP_FAULT;
     return DLB_OK;
 }

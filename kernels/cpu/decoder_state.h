@@ -66,17 +66,30 @@ enum Part { kLinear = 0, kAttention, kReduce, kWait, kOther, kParts };
 class Clock {
   public:
     Clock();
-    void start() { last_ = ticks(); }
+    // Others may have used the collective since the last step: their waiting is not ours.
+    void start(const uint64_t* waited) {
+        last_ = ticks();
+        if (waited != nullptr) waited_ = *waited;
+    }
     void stamp(Part part) {
         const uint64_t now = ticks();
         spent_[part] += now - last_;
         last_ = now;
     }
+    // The same for a collective: `waited` counts the ticks that calls have spent waiting, null where nobody counts.
+    void stamp_reduce(const uint64_t* waited) {
+        stamp(kReduce);
+        if (waited == nullptr) return;
+        const uint64_t more = *waited - waited_;
+        waited_ = *waited;
+        spent_[kReduce] -= more;
+        spent_[kWait] += more;
+    }
     void read(dlb_decoder_times* times, bool reset);
 
   private:
     static uint64_t ticks() { return __builtin_ia32_rdtsc(); }
-    uint64_t last_ = 0, spent_[kParts] = {};
+    uint64_t last_ = 0, waited_ = 0, spent_[kParts] = {};
     uint64_t first_ticks_;
     int64_t first_ns_;
 };

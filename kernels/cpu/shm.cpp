@@ -87,6 +87,7 @@ struct dlb_shm {
     bool failed;
     dlb_shm_fault_info fault;
     double collective_timeout;  // of calls through dlb_collective
+    uint64_t waited;            // ticks spent until the last rank had come
     int32_t pids[kMaxRanks];
     int32_t pidfds[kMaxRanks];
     int8_t program[kMaxProgram];
@@ -240,6 +241,8 @@ int wait_all(dlb_shm* g, const uint64_t* expected, double timeout) {
     for (int i = 1; i < g->size; i++) {
         const int p = (g->rank + i) % g->size;
         bool here = reached(g, p);
+        if (here) continue;
+        const uint64_t since = __builtin_ia32_rdtsc();
         for (int n = 0; n < g->spins && !here; n++) {
             _mm_pause();
             here = reached(g, p);
@@ -248,8 +251,8 @@ int wait_all(dlb_shm* g, const uint64_t* expected, double timeout) {
             sched_yield();
             here = reached(g, p);
         }
-        if (here) continue;
-        const int status = sleep_for(g, p, timeout);
+        const int status = here ? int(DLB_SHM_OK) : sleep_for(g, p, timeout);
+        g->waited += __builtin_ia32_rdtsc() - since;
         if (status != DLB_SHM_OK) return status;
     }
     const Header& own = control(g, g->rank)->headers[g->round & 1];
@@ -507,7 +510,7 @@ int dlb_shm_try_barrier(dlb_shm* g, double timeout) {
 
 void dlb_shm_collective(dlb_shm* g, double timeout, dlb_collective* out) {
     g->collective_timeout = timeout;
-    *out = dlb_collective{g, g->rank, g->size, collective_all_reduce, collective_all_gather};
+    *out = dlb_collective{g, g->rank, g->size, collective_all_reduce, collective_all_gather, &g->waited};
 }
 
 void dlb_shm_fault(const dlb_shm* g, dlb_shm_fault_info* info) { *info = g->fault; }

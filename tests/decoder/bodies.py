@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from dist_lowbit.comm import init_group
+from dist_lowbit.core.errors import CommError
 from dist_lowbit.decoder.native import NativeDecoder
 from tests.comm.harness import Job
 from tests.decoder.program_kinds import KINDS, ROUTED
 from tests.decoder.runs import FORCED, PROMPT, SHORT, TEXT, Runner, run_alone, run_in_company, tiny_program
 from tests.decoder.tiny_programs import Builder, mixed
+from tests.decoder.tiny_programs import Runner as TinyRunner
 from tests.e2e.bodies import digest
 
 STEPS = [len(PROMPT)] + [1] * len(FORCED)
@@ -48,6 +51,31 @@ def same_bits(job: Job) -> Any:
                     "company": digest(run_in_company(program, executor, TEXT, [6, 1, 6, 1, 2])),
                 }
     return result
+
+
+@torch.inference_mode()
+def lose_a_rank(job: Job) -> Any:
+    """Leave in the middle of the work, as rank 1; return what rank 0 hears of it, and how long it had waited."""
+    kind = KINDS[0]
+    group = init_group(timeout=20.0)
+    program = Builder(kind, group).program()
+    runner = TinyRunner(NativeDecoder(program), program, 1)
+    runner.feed({0: [3, 5]})
+    if group.rank == 1:
+        time.sleep(0.2)
+        runner.feed({0: [7]})
+        group.close()
+        return None
+    runner.feed({0: [7]})
+    times = runner.executor.times()
+    heard = []
+    for _ in range(2):
+        try:
+            runner.feed({0: [9]})
+        except CommError as error:
+            heard.append(str(error))
+    group.close()
+    return {"wait": times.wait, "reduce": times.reduce, "heard": heard}
 
 
 @torch.inference_mode()

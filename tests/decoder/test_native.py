@@ -219,6 +219,14 @@ def test_ranks_give_the_bits_of_one(decoder_ranks: Callable[..., tuple[Path, lis
         assert all(one == found[0] for one in found)
 
 
+def test_a_lost_rank_ends_the_step_by_name(decoder_ranks: Callable[..., tuple[Path, list[Any]]]) -> None:
+    found = decoder_ranks("lose_a_rank", 2)[1][0]
+    # Rank 1 had slept for 200 ms before the second step.
+    assert 0.15e9 < found["wait"] <= found["reduce"]
+    assert len(found["heard"]) == 2
+    assert all("rank 1" in text for text in found["heard"]), found["heard"]
+
+
 def native(kind: Kind) -> torch.Tensor:
     program = Builder(kind).program()
     return mixed(NativeDecoder(program), kind, program)
