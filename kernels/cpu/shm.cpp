@@ -31,7 +31,8 @@ namespace {
 constexpr size_t kLine = 64;
 constexpr size_t kChunk = 256 * 1024;   // bytes a rank publishes in one round: all of it stays in the L2 cache
 constexpr size_t kResult = kChunk / 2;  // the largest slice, that of two ranks
-constexpr size_t kSmall = 32 * 1024;    // up to here one round (each adds all) beats two (slices)
+constexpr size_t kSmall = 256 * 1024;   // of all ranks together, for which one round (each adds all) beats two
+constexpr size_t kPiece = 8 * 1024;     // bytes of a sum that go on to the peers while the L1 cache has them
 constexpr size_t kControl = 4096;
 constexpr size_t kRegion = kControl + 2 * (kChunk + kResult);
 constexpr size_t kThreads = 1 << 20;  // from here on threads share the work
@@ -322,8 +323,12 @@ struct Turn {
         const void* sources[kMaxRanks];
         for (int p = 0; p < g->size; p++) sources[p] = (p == g->rank ? chunk : input(g, p, g->round)) + from;
         char* out = result(g, g->rank, g->round + 1) + (from - slice);
-        dlb::tree_sum(g->program, g->program_length, sources, out, (to - from) / dlb::tree_width(dtype), dtype);
-        copy(chunk + from, out, to - from);
+        for (size_t at = from; at < to; at += kPiece) {
+            const size_t n = least(kPiece, to - at);
+            dlb::tree_sum(g->program, g->program_length, sources, chunk + at, n / dlb::tree_width(dtype), dtype);
+            copy(out + (at - from), chunk + at, n);
+            for (int p = 0; p < g->size; p++) sources[p] = static_cast<const char*>(sources[p]) + n;
+        }
     }
 
     void take(size_t begin, size_t end) const {
@@ -451,8 +456,8 @@ dlb_shm* dlb_shm_attach(int fd, int rank, int size, const int32_t* pids, const i
 int dlb_shm_try_all_reduce(dlb_shm* g, void* data, size_t count, int dtype, double timeout) {
     if (g->failed) return DLB_SHM_FAULT;
     char* bytes = static_cast<char*>(data);
-    return count * dlb::tree_width(dtype) <= kSmall ? reduce_small(g, bytes, count, dtype, timeout)
-                                                    : reduce_large(g, bytes, count, dtype, timeout);
+    return count * dlb::tree_width(dtype) * size_t(g->size) <= kSmall ? reduce_small(g, bytes, count, dtype, timeout)
+                                                                      : reduce_large(g, bytes, count, dtype, timeout);
 }
 
 int dlb_shm_all_reduce(dlb_shm* g, float* data, size_t count, double timeout) {

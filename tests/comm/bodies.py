@@ -160,14 +160,17 @@ def refuse() -> None:
     raise UsageError("sizes")
 
 
-def check_random(group: Group) -> None:
-    """Random operations in the same order on all ranks, each against what it must give."""
+def check_random(group: Group, operations: int = 60) -> None:
+    """Random operations in the same order on all ranks, each against what it must give, to the bit.
+
+    What it must give depends on no backend, so all of them agree with one another.
+    """
     generator = torch.Generator().manual_seed(group.size)
 
     def draw(limit: int) -> int:
         return int(torch.randint(limit, (1,), generator=generator))
 
-    for seed in range(60):
+    for seed in range(operations):
         op, dtype, source = draw(3), DTYPES[draw(3)], draw(group.size)
         count = draw(10 ** (1 + draw(5)))
         parts = [values(1000 + seed, rank, count, dtype) for rank in range(group.size)]
@@ -240,6 +243,24 @@ def conformance(job: Job) -> dict[str, Any]:
                 for name, check in CHECKS.items():
                     report[f"{backend}-{size}-{name}"] = check(group)
     return report
+
+
+def many_operations(job: Job) -> list[str]:
+    """Run so many random operations over each backend, in groups of each size; return what was run."""
+    done = []
+    if "mpi" in job.args["backends"]:
+        from mpi4py import MPI
+
+        assert MPI.COMM_WORLD.size == job.size
+    for size in job.args["sizes"]:
+        if job.rank >= size:
+            continue
+        info = subgroup_info(current(), list(range(size)))
+        for backend in job.args["backends"]:
+            with init_group(backend, info, timeout=60, prefix=f"many{backend}{size}") as group:
+                check_random(group, job.args["operations"])
+                done.append(f"{backend}-{size}")
+    return done
 
 
 def failing_call(job: Job, group: Group) -> dict[str, Any]:

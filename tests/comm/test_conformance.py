@@ -47,6 +47,26 @@ def test_under_mpirun(tmp_path: Path, outcome: Outcome, size: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_a_thousand_random_operations(farm: Farm, size: int) -> None:
+    """334 for each number of ranks, over every backend that needs no launcher of its own."""
+    require("shm")
+    backends = [name for name in SHARED if why_not(PAIR)[name] is None]
+    outcome = farm.run("many_operations", size, {"backends": backends, "sizes": [size], "operations": 334}, timeout=110)
+    assert not outcome.errors, next(iter(outcome.errors.values()))
+    assert outcome.values == {key: [f"{name}-{size}" for name in backends] for key in range(size)}
+
+
+@pytest.mark.slow
+def test_a_thousand_random_operations_over_mpi(tmp_path: Path) -> None:
+    require_mpirun()
+    args = {"backends": ["mpi"], "sizes": list(SIZES), "operations": 334}
+    seen = run_under_mpirun(tmp_path, "many_operations", max(SIZES), args, timeout=110)
+    assert not seen.errors, next(iter(seen.errors.values()))
+    assert seen.values[0] == [f"mpi-{size}" for size in SIZES]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [5, 8, 16])
 def test_more_ranks_than_cores(farm: Farm, size: int) -> None:
     require("shm")
