@@ -148,6 +148,8 @@ def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["packages"]["torch"] == torch.__version__
     assert {"single", "shm", "gloo"} <= report["backends (yes, or why not, for this process)"].keys()
     assert report["recommended"].startswith("dist-lowbit run -n ")
+    if report["kernels"] == "compiled":
+        assert "tested under emulation only" in report["instruction sets"]["amx"]
     text = cli("doctor").out
     for part in (*report, "transformers", "torchrun", "NUMA node"):
         assert part in text, part
