@@ -182,6 +182,7 @@ def _jobs(
                     log_dir=options.log_dir,
                     masks=part.masks,
                     name=str(index) if groups > 1 else "",
+                    style=options.style,
                 )
             )
         yield jobs

@@ -10,13 +10,16 @@ BACKEND = "DIST_LOWBIT_BACKEND"
 # Without a process manager that oneCCL knows, ranks meet by the address that they are given, over libfabric. Each value
 # holds only where the user has set none; CCL_LOCAL_RANK and _SIZE are set by the backend itself, in every style.
 _DEFAULTS = {"ccl": {"CCL_PROCESS_LAUNCHER": "none", "CCL_ATL_TRANSPORT": "ofi", "FI_PROVIDER": "tcp"}}
+_MANAGED = ("mpirun",)  # styles whose ranks have such a manager: oneCCL's own choice is faster there
 
 # What must be there before N ranks want it at once: the shim for oneCCL is compiled on the user's machine.
 _PREPARE = {"ccl": ("-m", "dist_lowbit.cli", "build", "ccl")}
 
 
-def backend_defaults(environ: Mapping[str, str]) -> dict[str, str]:
+def backend_defaults(environ: Mapping[str, str], style: str = "local") -> dict[str, str]:
     """Return the variables that the backend named in `environ` wants where they are unset."""
+    if style in _MANAGED:
+        return {}
     return dict(_DEFAULTS.get(environ.get(BACKEND, ""), {}))
 
 

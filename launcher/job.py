@@ -185,6 +185,7 @@ def make_job(
     log_dir: str | None = None,
     masks: Sequence[Mapping[str, str]] = (),
     name: str = "",
+    style: str = "local",
 ) -> Job:
     """Return the job of `program` on `slots`, the ranks of this host.
 
@@ -202,7 +203,7 @@ def make_job(
         LAUNCH_ID: place.launch_id,
     }
     user = dict(place.user_env)
-    defaults = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | backend_defaults({**environ, **user})
+    defaults = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | backend_defaults({**environ, **user}, style)
     # A style that has one environment for all ranks takes the smallest: ranks in step wait for the slowest.
     threads = {"OMP_NUM_THREADS": str(min(slot.threads for slot in slots))}
     ranks = []

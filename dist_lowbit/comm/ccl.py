@@ -82,7 +82,7 @@ def environment(info: RankInfo, environ: dict[str, str], interface: str | None =
     a shared one a hundred times quicker.
     """
     wanted = {"CCL_LOG_LEVEL": "error", "CCL_WORKER_OFFLOAD": "0"}
-    if not under_intel_mpi(environ) and "CCL_ATL_TRANSPORT" not in environ:
+    if not under_intel_mpi(environ) and environ.get("CCL_ATL_TRANSPORT", "ofi") == "ofi":  # the launcher sets it
         wanted |= {"CCL_ATL_TRANSPORT": "ofi", "CCL_PROCESS_LAUNCHER": "none", "FI_PROVIDER": "tcp"}
         local_size = info.local_size or info.world_size
         wanted |= {"CCL_LOCAL_RANK": str(info.local_rank), "CCL_LOCAL_SIZE": str(local_size)}

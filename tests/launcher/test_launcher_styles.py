@@ -20,7 +20,7 @@ from dist_lowbit.launcher.runners.deepspeed import DeepspeedRunner
 from dist_lowbit.launcher.runners.foreign import TRAMPOLINE
 from dist_lowbit.launcher.runners.local import LocalRunner
 from dist_lowbit.launcher.runners.mpirun import MpirunRunner, dialect_of
-from dist_lowbit.launcher.runners.slurm import Allocation, SlurmRunner, allocation, expand_nodes
+from dist_lowbit.launcher.runners.slurm import SlurmRunner
 from dist_lowbit.launcher.runners.torchrun import TorchrunRunner
 from tests.launcher.conftest import READY, Launch, gone, until
 
@@ -91,6 +91,19 @@ def test_the_user_wins() -> None:
     assert "OMP_NUM_THREADS" not in job(environ={"OMP_NUM_THREADS": "7"}).ranks[0].env
     assert job(user={"OMP_NUM_THREADS": "5", "A": "b"}).ranks[1].env["OMP_NUM_THREADS"] == "5"
     assert job(user={"A": "b"}).env["A"] == "b"
+
+
+def test_oneccl_is_told_how_ranks_meet_without_mpirun(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-n", "1", "--dry-run", "--env", "DIST_LOWBIT_BACKEND=ccl", "--env", "FI_PROVIDER=verbs", "-m", "mod"]
+    told = "CCL_PROCESS_LAUNCHER=none CCL_ATL_TRANSPORT=ofi"
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert told in said
+    assert "FI_PROVIDER=verbs" in said
+    assert told not in LocalRunner().command(job())[0].shell()
+    managed = make_job(SCRIPT, bind(machine("one_socket_2_cores.lscpu"), 1, "none"), Place("here", 1, "cafe"),
+                       {"DIST_LOWBIT_BACKEND": "ccl"}, bind="none", style="mpirun")  # fmt: skip
+    assert "CCL_ATL_TRANSPORT" not in managed.env
 
 
 def test_what_another_launcher_left_is_not_inherited() -> None:
@@ -191,65 +204,6 @@ def test_one_of_several_hosts_of_deepspeed_is_started_as_deepspeed_does() -> Non
     assert world == {"node0": [0, 1], "node1": [0]}
     rest = "--node_rank 0 --no_local_rank --master_addr 127.0.0.1 --master_port 29400 gen.py --x 'a b'"
     assert shlex.join(command.argv[6:]) == rest
-
-
-NODELISTS = [
-    ("n1", ["n1"]),
-    ("n[1-3]", ["n1", "n2", "n3"]),
-    ("cn[008-010,12],login1", ["cn008", "cn009", "cn010", "cn12", "login1"]),
-    ("r[1-2]n[01-02]", ["r1n01", "r1n02", "r2n01", "r2n02"]),
-    ("a-1.cluster,b[7]-ib", ["a-1.cluster", "b7-ib"]),
-]
-
-
-@pytest.mark.parametrize(("text", "names"), NODELISTS)
-def test_the_nodes_of_an_allocation(text: str, names: list[str]) -> None:
-    assert list(expand_nodes(text)) == names
-
-
-ALLOCATION = Allocation("4711", ("n1", "n2"), 56)
-SRUN = [
-    (job(counts=(2, 2)), "--nodes 2 --ntasks 4 --ntasks-per-node 2", "--cpus-per-task 28", ""),
-    (job(), "--nodes 1 --ntasks 2 --ntasks-per-node 2", "--cpus-per-task 28", ""),
-    (job("two_sockets_ht.lscpu", "numa", counts=(2, 2)), "--nodes 2 --ntasks 4 --ntasks-per-node 2",
-     "--cpus-per-task 28", "--cpus '0-27;28-55' --nodes '0;1' "),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("of", "shape", "cpus", "bound"), SRUN)
-def test_srun(of: Job, shape: str, cpus: str, bound: str) -> None:
-    (command,) = SlurmRunner("/bin/srun", ALLOCATION).command(of)
-    assert shlex.join(command.argv) == (
-        f"/bin/srun {shape} --distribution block --cpu-bind none --kill-on-bad-exit=1 --unbuffered {cpus} --export ALL "
-        f"/py -I -S {TRAMPOLINE} {bound}--lines all -- {END}"
-    )
-    assert command.env["MASTER_PORT"] == "29400"
-
-
-def test_an_allocation_is_read_from_the_environment() -> None:
-    environ = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "56"}
-    assert allocation(environ) == ALLOCATION
-    assert ALLOCATION.port() in range(20000, 32000)
-    assert allocation({"SLURM_JOB_ID": "4711"}) is None
-
-
-def test_slurm_starts_every_node_of_the_allocation(monkeypatch: pytest.MonkeyPatch, launch: Launch,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    srun = launch.folder / "srun"
-    srun.write_text("#!/bin/sh\nexit 1\n")
-    srun.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{launch.folder}:{os.environ['PATH']}")
-    for name, value in {"ID": "4711", "NODELIST": "n[1-3]"}.items():
-        monkeypatch.setenv(f"SLURM_JOB_{name}", value)
-    script = launch.script("pass")
-    words = ["--style", "slurm", "--dry-run", "--topology", str(GOLDEN / "two_sockets_ht.lscpu")]
-    assert main(["-n", "auto", *words, script]) == 0
-    out = capsys.readouterr().out
-    assert "--nodes 3 --ntasks 6 --ntasks-per-node 2 " in out
-    assert f"MASTER_ADDR=n1 MASTER_PORT={20000 + 4711}" in out
-    assert main(["-n", "1", "--nnodes", "2", *words, script]) == 0
-    assert "--nodes 2 --ntasks 2 --ntasks-per-node 1 " in capsys.readouterr().out
-    assert main(["-n", "1", "--nnodes", "4", *words, script]) == 2
 
 
 def test_deepspeed_runs_on_the_cpu_unless_told_otherwise() -> None:
