@@ -130,6 +130,16 @@ def test_a_residual_may_be_where_the_result_goes(library: ctypes.CDLL, generator
     assert torch.equal(x, want)
 
 
+@pytest.mark.parametrize("kind", ["as is", "rms", "gelu", "silu, gated"])
+def test_rows_are_finished_in_their_place(kind: str, library: ctypes.CDLL, generator: torch.Generator) -> None:
+    rows = rows_of(kind, 4, 100, generator)
+    finish = Finish(torch.randn(100, generator=generator), torch.randn(4, 100, generator=generator))
+    want = finished(steps_of(rows), finish)
+    out = fused._c_out(rows.x, finish)
+    assert library.dlb_rows_apply(ctypes.byref(fused._c_rows(rows)), ctypes.byref(out)) == 0
+    assert torch.equal(rows.x, want)
+
+
 @pytest.mark.parametrize("format", ["sym_int4", pytest.param("asym_int4", marks=SLOW), "fp16"])
 @pytest.mark.parametrize("m", [1, pytest.param(7, marks=SLOW), 70])
 def test_a_sum_of_products_is_formed_inside_the_segments(format: str, m: int, generator: torch.Generator) -> None:
