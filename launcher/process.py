@@ -184,6 +184,14 @@ class Process:
                 self.end = End(info.si_code != os.CLD_EXITED, info.si_status)
         return self.end
 
+    def is_stopped(self) -> bool:
+        """Return whether the process lives and is stopped by a signal."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as stat:
+                return stat.read().rpartition(b") ")[2][:1] == b"T"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
     def signal(self, number: int) -> None:
         """Send `number` to the process and all that it started, also when it has ended itself."""
         try:

@@ -82,6 +82,7 @@ class Watch:
         self._deadline: float | None = None
         self._phase = "running"  # running, blaming, ending, killing
         self._waited_for_cause = False
+        self._stopped: list[Process] = []  # what the dead waited for in vain
 
     def run(self) -> int:
         """Start everything, wait for its end and return the job's exit code; LaunchError if a start fails."""
@@ -210,7 +211,9 @@ class Watch:
 
     def _deadline_passed(self) -> None:
         if self._phase == "blaming":
-            if all(self._lost()) and self._alive() and not self._waited_for_cause:
+            lost = all(self._lost())
+            self._stopped = [process for process in self._alive() if process.is_stopped()] if lost else []
+            if lost and self._alive() and not self._stopped and not self._waited_for_cause:
                 self._waited_for_cause = True
                 self._deadline = time.monotonic() + CAUSE_WINDOW
                 return
@@ -299,6 +302,8 @@ class Watch:
     def _report_failure(self) -> int:
         process, end = self._deaths[blame([end for _, end in self._deaths], self._lost())]
         sentence = f"{self._who(process)} {end.describe()}"
+        for stopped in self._stopped:
+            sentence = f"{self._who(stopped)} was stopped by a signal and held up the others: {sentence}"
         if end.killed and end.code in _HINTS:
             sentence += f" ({_HINTS[signal.Signals(end.code)]})"
         if len(self._processes) > 1:

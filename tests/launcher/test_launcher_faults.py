@@ -152,6 +152,25 @@ def test_a_line_that_looks_like_an_end_is_passed_on_in_time(launch: Launch) -> N
     process.communicate(timeout=10)
 
 
+def test_a_stopped_rank_that_the_others_gave_up_is_named_first(launch: Launch) -> None:
+    script = launch.script(
+        READY + "class CommError(Exception): pass\n"
+        "while rank == 0 and not os.path.exists('go'): time.sleep(0.01)\n"
+        "if rank == 0: raise CommError('rank 1 was silent')\n"
+        "time.sleep(60)"
+    )
+    process = launch.start("-n", "2", "--bind", "none", script)
+    pids = launch.pids(2)
+    os.kill(pids[1], signal.SIGSTOP)
+    (launch.folder / "go").touch()
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 1
+    said = err.partition("dist-lowbit run: ")[2]
+    assert said.startswith(
+        f"rank 1 (pid {pids[1]} on host {HOST}) was stopped by a signal and held up the others: rank 0 "
+    )
+
+
 TOGETHER = {
     "a kill outweighs an exit": ("os._exit(1)", "os.kill(os.getpid(), 9)", 1, 137),
     "a lost peer is not the cause": ("os._exit(3)", "os._exit(4)", 1, 4),
