@@ -4,7 +4,7 @@
 //   panel  = scales | mins or zero points | plane 0 | plane 1          each part starts on 64 bytes
 //   scales = [blocks][16]                     or [1][16] where one scale serves a row
 //   plane of b bits = lines of 64 bytes; byte (r, j) of line l holds the codes k = (l * 8/b + t) * 4 + j of row r,
-//                     t = 0 .. 8/b - 1, at bits [b t, b t + b)
+//                     t = 0 .. 8/b - 1, at bits [b t, b t + b); of a plane of 1 bit beside one of 2, at high_place(t)
 //
 // Elements (fp8, fp16, bf16, fp32) have one plane instead: [k][16 rows], each element as it is stored.
 //
@@ -34,7 +34,7 @@ struct PackedHeader {
 static_assert(sizeof(PackedHeader) <= kHeaderBytes, "the header has outgrown its room");
 
 constexpr char kMagic[8] = {'d', 'l', 'b', 'p', 'a', 'c', 'k', 0};
-constexpr uint32_t kLayoutVersion = 3;
+constexpr uint32_t kLayoutVersion = 4;
 constexpr uint32_t kLayoutPanels = 1;
 
 // Planes of a code, low bits first; {0, 0} for widths that no format has.
@@ -43,6 +43,10 @@ struct Planes {
 };
 constexpr Planes kPlanes[kMaxBits + 1] = {{{0, 0}}, {{1, 0}}, {{2, 0}}, {{2, 1}}, {{4, 0}},
                                           {{4, 1}}, {{4, 2}}, {{0, 0}}, {{8, 0}}};
+
+// Which bit of a byte of plane 1 holds quad t of a chunk, if that plane has one bit. Beside a plane of 2 bits, t and t
+// + 2 are four bits apart in both planes, so that a shift and a mask move the bits of two quads.
+constexpr int high_place(int low_bits, int t) { return low_bits != 2 ? t : (t & 1) | (t & 4) >> 1 | (t & 2) << 1; }
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

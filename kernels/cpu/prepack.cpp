@@ -58,61 +58,65 @@ void pack_chunk(const uint8_t* codes, uint8_t* row, int64_t bytes) {
     memcpy(row, raw, static_cast<size_t>(bytes < 4 * B ? bytes : 4 * B));
 }
 
-// Codes of one row and chunk to their places in the chunk's b lines, and back.
+// Codes of one row and chunk to their places in the chunk's b lines, and back. low_bits: of the plane below, or 0.
 template <int B>
-void to_lines(const uint8_t* codes, uint8_t* lines, int row) {
+void to_lines(const uint8_t* codes, uint8_t* lines, int row, int low_bits) {
     for (int l = 0; l < B; ++l) {
         uint8_t out[4] = {};
-        for (int t = 0; t < 8 / B; ++t)
-            for (int j = 0; j < 4; ++j) out[j] |= static_cast<uint8_t>(codes[(l * (8 / B) + t) * 4 + j] << (B * t));
+        for (int t = 0; t < 8 / B; ++t) {
+            const int place = B == 1 ? high_place(low_bits, t) : B * t;
+            for (int j = 0; j < 4; ++j) out[j] |= static_cast<uint8_t>(codes[(l * (8 / B) + t) * 4 + j] << place);
+        }
         memcpy(lines + l * kLineBytes + row * 4, out, 4);
     }
 }
 
 template <int B>
-void from_lines(const uint8_t* lines, uint8_t* codes, int row) {
+void from_lines(const uint8_t* lines, uint8_t* codes, int row, int low_bits) {
     for (int l = 0; l < B; ++l)
-        for (int t = 0; t < 8 / B; ++t)
+        for (int t = 0; t < 8 / B; ++t) {
+            const int place = B == 1 ? high_place(low_bits, t) : B * t;
             for (int j = 0; j < 4; ++j)
-                codes[(l * (8 / B) + t) * 4 + j] = (lines[l * kLineBytes + row * 4 + j] >> (B * t)) & ((1 << B) - 1);
+                codes[(l * (8 / B) + t) * 4 + j] = (lines[l * kLineBytes + row * 4 + j] >> place) & ((1 << B) - 1);
+        }
 }
 
 template <int B>
-void plane_to_panel(const uint8_t* plane, int64_t k, int rows, uint8_t* panel) {
+void plane_to_panel(const uint8_t* plane, int64_t k, int rows, int low_bits, uint8_t* panel) {
     const int64_t width = ceil_div(k * B, 8), chunks = ceil_div(k, kChunk);
     uint8_t codes[kChunk];
     for (int64_t c = 0; c < chunks; ++c)
         for (int r = 0; r < rows; ++r) {
             const int64_t at = c * 4 * B;
             unpack_chunk<B>(plane + r * width + at, width - at, codes);
-            to_lines<B>(codes, panel + c * B * kLineBytes, r);
+            to_lines<B>(codes, panel + c * B * kLineBytes, r, low_bits);
         }
 }
 
 template <int B>
-void plane_from_panel(const uint8_t* panel, int64_t k, int rows, uint8_t* plane) {
+void plane_from_panel(const uint8_t* panel, int64_t k, int rows, int low_bits, uint8_t* plane) {
     const int64_t width = ceil_div(k * B, 8), chunks = ceil_div(k, kChunk);
     uint8_t codes[kChunk];
     for (int64_t c = 0; c < chunks; ++c)
         for (int r = 0; r < rows; ++r) {
             const int64_t at = c * 4 * B;
-            from_lines<B>(panel + c * B * kLineBytes, codes, r);
+            from_lines<B>(panel + c * B * kLineBytes, codes, r, low_bits);
             pack_chunk<B>(codes, plane + r * width + at, width - at);
         }
 }
 
-void plane_forth(int bits, const uint8_t* plane, int64_t k, int rows, uint8_t* panel) {
-    if (bits == 1) plane_to_panel<1>(plane, k, rows, panel);
-    if (bits == 2) plane_to_panel<2>(plane, k, rows, panel);
-    if (bits == 4) plane_to_panel<4>(plane, k, rows, panel);
-    if (bits == 8) plane_to_panel<8>(plane, k, rows, panel);
+void plane_forth(int bits, const uint8_t* plane, int64_t k, int rows, int low_bits, uint8_t* panel) {
+    if (bits == 1) plane_to_panel<1>(plane, k, rows, low_bits, panel);
+    if (bits == 2) plane_to_panel<2>(plane, k, rows, low_bits, panel);
+    if (bits == 4) plane_to_panel<4>(plane, k, rows, low_bits, panel);
+    if (bits == 8) plane_to_panel<8>(plane, k, rows, low_bits, panel);
 }
 
-void plane_back(int bits, const uint8_t* panel, int64_t k, int rows, uint8_t* plane) {
-    if (bits == 1) plane_from_panel<1>(panel, k, rows, plane);
-    if (bits == 2) plane_from_panel<2>(panel, k, rows, plane);
-    if (bits == 4) plane_from_panel<4>(panel, k, rows, plane);
-    if (bits == 8) plane_from_panel<8>(panel, k, rows, plane);
+void plane_back(int bits, const uint8_t* panel, int64_t k, int rows, int low_bits, uint8_t* plane) {
+    if (bits == 1) plane_from_panel<1>(panel, k, rows, low_bits, plane);
+    if (bits == 2) plane_from_panel<2>(panel, k, rows, low_bits, plane);
+    if (bits == 4) plane_from_panel<4>(panel, k, rows, low_bits, plane);
+    if (bits == 8) plane_from_panel<8>(panel, k, rows, low_bits, plane);
 }
 
 // [rows][columns] of elements to [columns][16], or back.
@@ -150,14 +154,14 @@ void move_panel(const dlb_linear_spec& s, const LinearView& v, const dlb_linear_
         transpose<Back>(at(parts.offset, groups * offset_bytes(s)), panel + v.offset_offset, groups, rows,
                         offset_bytes(s));
     for (int p = 0; p < 2; ++p) {
-        const int bits = kPlanes[s.bits].bits[p];
+        const int bits = kPlanes[s.bits].bits[p], low_bits = p == 0 ? 0 : kPlanes[s.bits].bits[0];
         if (bits == 0) continue;
         uint8_t* plane = at(parts.planes[p], ceil_div(s.k * bits, 8));
         uint8_t* lines = panel + v.plane_offset[p];
         if (Back)
-            plane_back(bits, lines, s.k, rows, plane);
+            plane_back(bits, lines, s.k, rows, low_bits, plane);
         else
-            plane_forth(bits, plane, s.k, rows, lines);
+            plane_forth(bits, plane, s.k, rows, low_bits, lines);
     }
 }
 

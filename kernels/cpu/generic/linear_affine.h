@@ -26,11 +26,32 @@ DLB_INLINE typename V::I plane_quad(const uint8_t* lines) {
     return V::and_(bits, V::set1_8(((1 << B) - 1) << Shift));
 }
 
-template <class V, int B0, int B1, int Q>
+// The codes of three bits of the quads Q and Q + 2, Q = 0, 1, 4 or 5, in the low and high four bits of every byte,
+// whose fourth bits are 0.
+template <class V, int Q>
+DLB_INLINE typename V::I three_bit_pair(const uint8_t* low, const uint8_t* high) {
+    constexpr int kFrom = high_place(2, Q);
+    typename V::I two = V::load(low + Q / 4 * kLineBytes), one = V::load(high);
+    if constexpr (Q % 2 == 1) two = V::template srl16<2>(two);
+    if constexpr (kFrom < 2) one = V::template sll16<2 - kFrom>(one);
+    if constexpr (kFrom > 2) one = V::template srl16<kFrom - 2>(one);
+    return V::or_(V::and_(two, V::set1_8(0x33)), V::and_(one, V::set1_8(0x44)));
+}
+
+// Quad Q of a chunk's codes, one in a byte. For a lookup, codes of three bits may have those of another quad above
+// them, at bits that no lookup reads.
+template <class V, int B0, int B1, int Q, bool ForLookup>
 DLB_INLINE typename V::I code_quad(const uint8_t* low, const uint8_t* high) {
-    typename V::I code = plane_quad<V, B0, Q, 0>(low);
-    if constexpr (B1 > 0) code = V::or_(code, plane_quad<V, B1, Q, B0>(high));
-    return code;
+    if constexpr (B0 == 2 && B1 == 1) {
+        typename V::I code = three_bit_pair<V, Q & ~2>(low, high);
+        if constexpr ((Q & 2) != 0) code = V::template srl16<4>(code);
+        if constexpr (!ForLookup) code = V::and_(code, V::set1_8(7));
+        return code;
+    } else {
+        typename V::I code = plane_quad<V, B0, Q, 0>(low);
+        if constexpr (B1 > 0) code = V::or_(code, plane_quad<V, B1, Q, B0>(high));
+        return code;
+    }
 }
 
 // What a tile multiplies by: the codes, or the entries of a table at the codes, of five or of eight bits.
@@ -85,7 +106,7 @@ struct AffineTile {
     DLB_INLINE void load_codes(const uint8_t* low, const uint8_t* high, Codes& codes) const {
         if constexpr (H < kHalves) {
             constexpr int kAt = H * V::kLanes * 4;
-            codes[H] = code_quad<V, B0, B1, Q>(low + kAt, high + kAt);
+            codes[H] = code_quad<V, B0, B1, Q, kTable>(low + kAt, high + kAt);
             if constexpr (kTable)
                 codes[H] = V::lookup(table, codes[H]);
             else if constexpr (kSigned)

@@ -22,35 +22,40 @@ struct ElementTile {
         for (int t = 0; t < Tokens; ++t) x[t] = x_ + t * x_stride;
     }
 
-    using Sums = F[kSums][Tokens];
+    // One token: both halves of a line at once, since four chains of FMA leave the adder idle. More: registers are
+    // dearer.
+    static constexpr int kTogether = Tokens == 1 ? kHalves : 1;
+    using Sums = F[kTogether][kSums][Tokens];
 
-    template <int S, int T>
+    template <int H, int S, int T>
     static DLB_INLINE void clear(Sums& sums) {
-        if constexpr (S < kSums) {
-            sums[S][T] = V::zero_f();
-            clear<T + 1 < Tokens ? S : S + 1, T + 1 < Tokens ? T + 1 : 0>(sums);
+        if constexpr (H < kTogether) {
+            sums[H][S][T] = V::zero_f();
+            constexpr int kT = T + 1 < Tokens ? T + 1 : 0, kS = kT > 0 ? S : S + 1 < kSums ? S + 1 : 0;
+            clear<(kT + kS > 0 ? H : H + 1), kS, kT>(sums);
         }
     }
 
     template <int S, int T>
-    DLB_INLINE void step_tokens(F weight, int64_t k, Sums& sums) const {
+    DLB_INLINE void step_tokens(F weight, int64_t k, F (&sums)[kSums][Tokens]) const {
         if constexpr (T < Tokens) {
             sums[S][T] = V::fma(weight, V::set1_f(x[T][k + S]), sums[S][T]);
             step_tokens<S, T + 1>(weight, k, sums);
         }
     }
 
-    // Count elements from k on, at most four: element k + s goes to sum s.
-    template <int S, int Count>
+    // Count elements from k on, at most four, of kTogether halves: element k + s goes to sum s.
+    template <int S, int H, int Count>
     DLB_INLINE void step(const uint8_t* elements, int64_t k, Sums& sums) const {
         if constexpr (S < Count) {
-            step_tokens<S, 0>(V::element(Const<Kind>{}, elements + S * kStep), k, sums);
-            step<S + 1, Count>(elements, k, sums);
+            constexpr int kAt = S * kStep + H * V::kLanes * kBytes;
+            step_tokens<S, 0>(V::element(Const<Kind>{}, elements + kAt), k, sums[H]);
+            step<(H + 1 < kTogether ? S : S + 1), (H + 1 < kTogether ? H + 1 : 0), Count>(elements, k, sums);
         }
     }
 
     template <int T>
-    DLB_INLINE void add_tokens(const Sums& sums, F scale, F (&acc)[Tokens]) const {
+    DLB_INLINE void add_tokens(const F (&sums)[kSums][Tokens], F scale, F (&acc)[Tokens]) const {
         if constexpr (T < Tokens) {
             F sum = V::add(V::add(sums[0][T], sums[1][T]), V::add(sums[2][T], sums[3][T]));
             if (w.scale_type != DLB_SCALE_NONE) sum = V::mul(sum, scale);
@@ -65,24 +70,33 @@ struct ElementTile {
         return V::mul(scale, V::set1_f(w.multiplier * kFactor));
     }
 
-    // acc += the elements [k, end) of one block, for one half after the other.
+    template <int Half, int H>
+    DLB_INLINE void add_halves(int64_t block, const Sums& sums, F (&acc)[kHalves][Tokens]) const {
+        if constexpr (H < kTogether) {
+            const int64_t index = block * w.scale_step * kPanelRows + (Half + H) * V::kLanes;
+            add_tokens<0>(sums[H], scale_at(index), acc[Half + H]);
+            add_halves<Half, H + 1>(block, sums, acc);
+        }
+    }
+
+    // acc += the elements [k, end) of one block.
     template <int Half>
     DLB_INLINE void add_block(int64_t block, int64_t k, int64_t end, F (&acc)[kHalves][Tokens]) const {
         if constexpr (Half < kHalves) {
             const uint8_t* elements = panel + w.plane_offset[0] + k * kStep + Half * V::kLanes * kBytes;
             Sums sums;
-            clear<0, 0>(sums);
+            clear<0, 0, 0>(sums);
             int64_t at = k;
             for (; at + kSums <= end; at += kSums, elements += kSums * kStep) {
                 if (stream && Half == 0)
                     for (int i = 0; i < kSums * kStep; i += kLineBytes) __builtin_prefetch(elements + i + V::kPrefetch);
-                step<0, kSums>(elements, at, sums);
+                step<0, 0, kSums>(elements, at, sums);
             }
-            if (end - at == 1) step<0, 1>(elements, at, sums);
-            if (end - at == 2) step<0, 2>(elements, at, sums);
-            if (end - at == 3) step<0, 3>(elements, at, sums);
-            add_tokens<0>(sums, scale_at(block * w.scale_step * kPanelRows + Half * V::kLanes), acc[Half]);
-            add_block<Half + 1>(block, k, end, acc);
+            if (end - at == 1) step<0, 0, 1>(elements, at, sums);
+            if (end - at == 2) step<0, 0, 2>(elements, at, sums);
+            if (end - at == 3) step<0, 0, 3>(elements, at, sums);
+            add_halves<Half, 0>(block, sums, acc);
+            add_block<Half + kTogether>(block, k, end, acc);
         }
     }
 

@@ -78,7 +78,7 @@ struct CodeTile {
     DLB_INLINE void step_quads(const uint8_t* low, const uint8_t* high, const Group& group,
                                const float* const (&rows)[Tokens], int64_t k, Sums& sums) const {
         if constexpr (Q < kChunk / 4) {
-            step<0>(code_quad<V, B0, B1, Q>(low, high), group, rows, k + 4 * Q, sums);
+            step<0>(code_quad<V, B0, B1, Q, Table>(low, high), group, rows, k + 4 * Q, sums);
             step_quads<Q + 1>(low, high, group, rows, k, sums);
         }
     }

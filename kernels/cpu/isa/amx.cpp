@@ -58,7 +58,7 @@ inline void decode_chunk(const uint8_t* low, const uint8_t* high, __m512i table,
     if constexpr (Q < kChunk / 4) {
         __m512i code = plane_quad<B0, Q, 0>(low);
         if constexpr (B1 > 0) {
-            const __m512i upper = plane_quad<B1, Q, B0>(high);
+            const __m512i upper = plane_quad<B1, B1 == 1 ? high_place(B0, Q) : Q, B0>(high);
             code = _mm512_or_si512(code, upper);
         }
         if constexpr (Table) code = _mm512_shuffle_epi8(table, code);

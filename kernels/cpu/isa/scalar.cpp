@@ -63,7 +63,7 @@ void decode_chunk(const LinearView& w, const uint8_t* panel, int64_t chunk, uint
         const int per_byte = 8 / b, mask = (1 << b) - 1;
         for (int quad = 0; quad < kChunk / 4; ++quad) {
             const uint8_t* line = lines + quad / per_byte * kLineBytes;
-            const int right = b * (quad % per_byte);
+            const int right = p == 1 && b == 1 ? high_place(kPlanes[w.bits].bits[0], quad) : b * (quad % per_byte);
             for (int r = 0; r < kPanelRows; ++r)
                 for (int j = 0; j < 4; ++j)
                     codes[r][quad * 4 + j] |= static_cast<uint8_t>(((line[r * 4 + j] >> right) & mask) << shift);
