@@ -13,7 +13,10 @@ from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import CheckpointError, PlanError
 from dist_lowbit.core.log import logger
 from dist_lowbit.decoder import IdleAttention, use_activation, use_attention
+from dist_lowbit.decoder.build_program import activation_of
+from dist_lowbit.models import setting
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split
+from dist_lowbit.parallel.experts import ExpertStack, LowBitExperts
 from dist_lowbit.parallel.plan import Heads
 from dist_lowbit.quantize import Recipe
 
@@ -22,6 +25,7 @@ from .progress import track
 from .target import Target
 from .weights import Weights
 
+_SWAPPED = (LowBitLinear, ParallelEmbedding, ExpertStack)
 STATE = "_dist_lowbit"  # the attribute of a model that holds its LowBitState
 
 
@@ -59,9 +63,26 @@ def _swap(
     set_submodule(model, name, LowBitLinear(packed, bias, split, group, compute))
 
 
+def _swap_experts(model: nn.Module, target: Target, weights: Weights, group: Group, compute: str) -> None:
+    """Put LowBitExperts in the place of each module whose matrices are stacks of experts."""
+    family = target.family
+    if family is None or not family.names.experts:
+        return
+    config: Any = model.config
+    top_k, activation = int(setting(config, family.top_k)), activation_of(config, family)
+    for up_name in [name for name in target.plan.splits if name.endswith(f"{family.names.experts}.gate_up_proj")]:
+        parent = up_name.rpartition(".")[0]
+        stacks = []
+        for name in (up_name, f"{parent}.down_proj"):
+            experts = int(getattr(model.get_submodule(parent), name.rpartition(".")[2]).shape[0])
+            split = target.plan.splits[name]
+            stacks.append(ExpertStack(weights.packed(name, split, group.rank), experts, split, group, compute))
+        set_submodule(model, parent, LowBitExperts(stacks[0], stacks[1], activation, top_k))
+
+
 def other_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and persistent buffers that lie outside the swapped modules."""
-    swapped = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (LowBitLinear, ParallelEmbedding)))
+    swapped = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, _SWAPPED))
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if not name.startswith(swapped)}
 
 
@@ -86,7 +107,7 @@ def _fill(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
         else:
             owner.register_buffer(leaf, value)
     for module in model.modules():  # buffers that no file holds: positions, masks
-        if isinstance(module, (LowBitLinear, ParallelEmbedding)):
+        if isinstance(module, _SWAPPED):
             continue
         for leaf, buffer in module.named_buffers(recurse=False):
             if leaf in module._non_persistent_buffers_set and buffer.is_floating_point() and not buffer.is_meta:
@@ -147,9 +168,15 @@ def build(
             f"leave optimize_llm on, or run on one rank"
         )
     left = frozenset() if cut else kept
-    todo = [(name, split) for name, split in target.plan.splits.items() if name not in left]
+    experts = f"{target.family.names.experts}." if target.family is not None and target.family.names.experts else None
+    todo = [
+        (name, split)
+        for name, split in target.plan.splits.items()
+        if name not in left and (experts is None or experts not in name)
+    ]
     for name, split in track(todo, "loading", group.rank):
         _swap(model, name, split, weights, group, mode.dtype, mode.compute)
+    _swap_experts(model, target, weights, group, mode.compute)
     _fill(model, weights, mode.dtype)
     if target.family is not None:
         embedding = model.get_submodule(target.family.required[0])

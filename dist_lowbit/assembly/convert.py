@@ -69,7 +69,7 @@ def _items(model: torch.nn.Module, state: LowBitState, weights: SourceWeights, s
     for name, split in state.target.plan.splits.items():
         if name in state.kept:
             continue
-        planned |= {f"{name}.weight", f"{name}.bias"}
+        planned |= {name, f"{name}.weight", f"{name}.bias"}  # a stack of experts has the name itself
         form = form_under(state.recipe, name, name in own)
         row, group_size = form if form is not None else (lookup(cast_name(weights.dtype(f"{name}.weight"))), -1)
         items.append(weight_item(name, split, row, -1 if group_size is None else group_size))

@@ -70,6 +70,7 @@ def _blocks(reader: CheckpointReader) -> Callable[[str], int]:
 def _check_names(model: nn.Module, reader: CheckpointReader, path: Path) -> None:
     """Refuse a checkpoint of another model: every stored name must be one of the model's."""
     known = set(other_tensors(model)) | {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {f"{name}.weight" for name in known}  # a stack of experts is stored as a weight
     strange = sorted(name for name in [*reader.weights, *reader.tensors] if name not in known)
     if strange:
         raise CheckpointError(

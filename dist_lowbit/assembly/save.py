@@ -15,6 +15,7 @@ from dist_lowbit.core.errors import CheckpointError, DistLowbitError, UsageError
 from dist_lowbit.core.settings import settings
 from dist_lowbit.formats import Format, PackedWeight, lookup
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split, owned_ranges
+from dist_lowbit.parallel.experts import ExpertStack
 from dist_lowbit.parallel.units import Range
 
 from .build import LowBitState, other_tensors, state_of
@@ -117,6 +118,8 @@ def _live_items(model: nn.Module, state: LowBitState) -> list[Item]:
             items.append(weight_item(name, split, lookup(module.format), module.group_size))
             if module.bias is not None:
                 items.append(tensor_item(f"{name}.bias", module.bias, tp, split))
+        elif isinstance(module, ExpertStack):
+            items.append(weight_item(name, split, lookup(module.format), module.group_size))
         elif isinstance(module, ParallelEmbedding):
             items.append(weight_item(name, split, lookup(cast_name(module.weight.dtype)), -1))
     return items + [tensor_item(name, value, tp) for name, value in other_tensors(model).items()]
@@ -147,7 +150,7 @@ def _write_live(model: nn.Module, state: LowBitState, directory: Path, names: Se
     def packed(item: Item) -> Piece:
         name = item.name.removesuffix(".weight")
         module, split = model.get_submodule(name), splits[name]
-        if isinstance(module, LowBitLinear):
+        if isinstance(module, (LowBitLinear, ExpertStack)):
             local = module.unpack()
         else:
             assert isinstance(module, ParallelEmbedding)

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from dist_lowbit.checkpoint import TensorSource
 from dist_lowbit.comm import Group
@@ -17,6 +14,7 @@ from dist_lowbit.quantize import Recipe
 
 from .attach import attach
 from .build import build
+from .matrices import other_names
 from .mode import Mode
 from .optimize import block_under, embeddings, excluded, form_under, optimize, transposed_linears
 from .skeleton import empty_model, read_config
@@ -30,30 +28,10 @@ def source_weights(model: nn.Module, source: TensorSource, recipe: Recipe) -> So
     own = embeddings(model)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     aliases = tied | {kept: name for name, kept in tied.items()}
-    renamed = _renamed(model, source)
+    renamed, stacks = other_names(model, source)
     aliases = {name: renamed.get(other, other) for name, other in aliases.items()} | renamed
-    return SourceWeights(source, lambda name: form_under(recipe, name, name in own), transposed_linears(model), aliases)
-
-
-def _renamed(model: nn.Module, source: TensorSource) -> dict[str, str]:
-    """Return the names of a model that its files spell in another way, as transformers does on loading.
-
-    Tensors that it also joins or reshapes are left out.
-    """
-    state = model.state_dict()
-    if not isinstance(model, PreTrainedModel) or all(name in source for name in state):
-        return {}
-    steps = get_model_conversion_mapping(model)
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
-    found = {}
-    for name in source:
-        if name in state:
-            continue
-        own, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if own in state and converted is None:
-            found[own] = name
-    return found
+    transposed = transposed_linears(model)
+    return SourceWeights(source, lambda name: form_under(recipe, name, name in own), transposed, aliases, stacks)
 
 
 def source_target(model: nn.Module, recipe: Recipe, tp: int) -> tuple[Target, frozenset[str]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_lowbit.core.errors import UsageError
+from dist_lowbit.ops.elementwise import route
 from dist_lowbit.parallel import LowBitLinear
 
 from .program import Attention, Layer, Mlp, Moe, Program
@@ -122,13 +122,25 @@ class TorchDecoder:
 
     def _mlp(self, mlp: Mlp | Moe, x: torch.Tensor) -> torch.Tensor:
         if isinstance(mlp, Moe):
-            raise UsageError("this executor does not run routed experts yet")
+            return self._routed(mlp, x)
         row = _side_by_side(mlp.up, x)
         if not mlp.gated:
             return mlp.down(activated(mlp.activation, row))  # type: ignore[no-any-return]
         first, second = row.chunk(2, -1)
         gate, up = (second, first) if mlp.up_first else (first, second)
         return mlp.down(activated_gate(mlp.activation, gate, up))  # type: ignore[no-any-return]
+
+    def _routed(self, moe: Moe, x: torch.Tensor) -> torch.Tensor:
+        ids, weights = route(moe.router(x), moe.top_k, moe.renormalise)
+        if moe.shared is None:
+            return moe.experts.weighted_sum(x, ids, weights)
+        # The shared expert is the last one, in a slot of its own.
+        own = ids.new_full((len(x), 1), moe.experts.down_proj.experts)
+        factor = weights.new_ones(len(x), 1)
+        if moe.shared_gate is not None:
+            factor = activated("sigmoid", moe.shared_gate(x))
+        ids, weights = torch.cat((ids, own), 1), torch.cat((weights, factor), 1)
+        return moe.experts.weighted_sum(x, ids, weights, (*moe.shared.up, moe.shared.down))
 
 
 def _side_by_side(linears: tuple[LowBitLinear, ...], x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,14 @@ _GEMMA2 = Names(
 )
 _GEMMA = Family("gemma", norm_offset=1.0, embed_scale="sqrt_hidden")
 _GLM = Family("glm", Names(up=_FUSED_GATE), rope="pairs")
+_EXPERTS = Names(router="mlp.gate", experts="mlp.experts")
+_SHARED = replace(
+    _EXPERTS,
+    shared_up=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    shared_down="mlp.shared_expert.down_proj",
+    shared_gate="mlp.shared_expert_gate",
+)
+_TOP_K = "@num_experts_per_tok"
 
 LLAMA_LIKE = (
     Family("llama"),
@@ -52,5 +60,14 @@ LLAMA_LIKE = (
         Names(q_norm="self_attn.q_layernorm", k_norm="self_attn.k_layernorm"),
         parallel="@use_parallel_residual",
         own_decoder=True,
+    ),
+    Family("mixtral", _EXPERTS, window="@sliding_window", top_k=_TOP_K),
+    Family("qwen2_moe", _SHARED, window="@sliding_window", top_k=_TOP_K, renormalise="@norm_topk_prob"),
+    Family(
+        "qwen3_moe",
+        replace(_EXPERTS, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+        window="@sliding_window",
+        top_k=_TOP_K,
+        renormalise="@norm_topk_prob",
     ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -9,13 +11,25 @@ from dist_lowbit import ops
 from dist_lowbit.comm import Group
 from dist_lowbit.formats import PackedWeight
 from dist_lowbit.formats.packed import merge
+from dist_lowbit.ops import reference
+from dist_lowbit.ops.elementwise import gated
+from dist_lowbit.ops.fused import Expert, Finish, moe, moe_tree
 
+from .linear import LowBitLinear
 from .split import Split
+
+_NATIVE = "cpu"  # the kernel whose weights the compiled sum over experts takes
 
 
 def _packed(weight: PackedWeight, experts: int, spec: ops.LinearSpec, kernel: ops.Kernel) -> torch.Tensor:
     """Return uint8 [experts, bytes]: every expert's rows of a stacked weight, prepacked alone."""
-    return torch.stack([kernel.prepack(weight.split(0, e * spec.n, (e + 1) * spec.n), spec) for e in range(experts)])
+    packed = torch.empty(0, 0, dtype=torch.uint8)
+    for expert in range(experts):
+        own = kernel.prepack(weight.split(0, expert * spec.n, (expert + 1) * spec.n), spec)
+        if expert == 0:
+            packed = torch.empty(experts, own.numel(), dtype=torch.uint8)
+        packed[expert] = own
+    return packed
 
 
 class ExpertStack(nn.Module):
@@ -39,10 +53,13 @@ class ExpertStack(nn.Module):
         self.kernel = kernel.name
         self.register_buffer("packed", _packed(weight, experts, self.spec, kernel), persistent=False)
 
+    def expert(self, index: int) -> PackedWeight:
+        """Return one expert's local part in its portable form."""
+        return ops.kernel(self.kernel).unpack(self.packed[index], self.spec)
+
     def unpack(self) -> PackedWeight:
         """Return this rank's stacked weight in its portable form, exactly as it was given."""
-        kernel = ops.kernel(self.kernel)
-        return merge([kernel.unpack(row, self.spec) for row in self.packed], 0)
+        return merge([self.expert(index) for index in range(self.experts)], 0)
 
     def extra_repr(self) -> str:
         """Describe the stack in a module's printout."""
@@ -62,3 +79,62 @@ class LowBitExperts(nn.Module):
         super().__init__()
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
         self.activation, self.top_k = activation, top_k
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of each row's experts, [M, N] in the dtype of the rows [M, K].
+
+        top_k_index, top_k_weights: [M, slots], each expert at most once in a row.
+        """
+        y = self.weighted_sum(hidden_states.float(), top_k_index.to(torch.int32), top_k_weights.float())
+        return y.to(hidden_states.dtype)
+
+    def weighted_sum(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, last: Sequence[LowBitLinear] = ()
+    ) -> torch.Tensor:
+        """Return the sum in fp32 (see forward), formed inside the segments before the ranks add.
+
+        last: gate, up and down (or gate_up and down) of a shared expert, number `experts` in ids.
+        """
+        kernels = {self.gate_up_proj.kernel, self.down_proj.kernel, *(linear.kernel for linear in last)}
+        y = self._native(x, ids, weights, last) if kernels == {_NATIVE} else self._plain(x, ids, weights, last)
+        down = self.down_proj
+        return down.group.all_reduce(y) if down.split.reduce else y
+
+    def _native(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, last: Sequence[LowBitLinear]
+    ) -> torch.Tensor:
+        experts = [Expert(*pair) for pair in zip(self.gate_up_proj.packed, self.down_proj.packed, strict=True)]
+        if last:
+            experts.append(Expert(last[0].packed, last[-1].packed, last[1].packed if len(last) == 3 else None))
+        rows = x if x.stride(-1) == 1 else x.contiguous()
+        return moe(rows, experts, ids, weights, self.activation, self.down_proj.spec.n, Finish())
+
+    def _plain(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, last: Sequence[LowBitLinear]
+    ) -> torch.Tensor:
+        """Compute every expert for every row by the definition."""
+        up, down = self.gate_up_proj, self.down_proj
+        products = [
+            self._segments(x, [(up.expert(e), up.spec)], (down.expert(e), down.spec)) for e in range(down.experts)
+        ]
+        if last:
+            parts = [(linear.unpack(), linear.spec) for linear in last]
+            products.append(self._segments(x, parts[:-1], parts[-1]))
+        if all(part is None for product in products for part in product):
+            return x.new_zeros(x.shape[0], down.spec.n)  # this rank holds no part of any expert
+        return moe_tree(products, ids, weights)
+
+    def _segments(
+        self,
+        x: torch.Tensor,
+        ups: Sequence[tuple[PackedWeight, ops.LinearSpec]],
+        down: tuple[PackedWeight, ops.LinearSpec],
+    ) -> reference.Segments:
+        rows = torch.cat([reference.linear(x, weight, spec.cuts, spec.compute) for weight, spec in ups], -1)
+        gate, up = rows.chunk(2, -1)
+        weight, spec = down
+        return reference.segments(
+            gated(gate.contiguous(), up.contiguous(), self.activation), weight, spec.cuts, spec.compute
+        )

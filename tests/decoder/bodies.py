@@ -8,15 +8,26 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dist_lowbit import transformers as low_bit
 from dist_lowbit.comm import init_group
 from dist_lowbit.core.errors import CommError
 from dist_lowbit.decoder.native import NativeDecoder
 from tests.comm.harness import Job
 from tests.decoder.program_kinds import KINDS, ROUTED
-from tests.decoder.runs import FORCED, PROMPT, SHORT, TEXT, Runner, run_alone, run_in_company, tiny_program
+from tests.decoder.runs import (
+    FORCED,
+    PROMPT,
+    SHORT,
+    TEXT,
+    Runner,
+    program_of,
+    run_alone,
+    run_in_company,
+    tiny_program,
+)
 from tests.decoder.tiny_programs import Builder, mixed
 from tests.decoder.tiny_programs import Runner as TinyRunner
-from tests.e2e.bodies import digest
+from tests.e2e.bodies import digest, make
 
 STEPS = [len(PROMPT)] + [1] * len(FORCED)
 
@@ -87,4 +98,23 @@ def native_digests(job: Job) -> Any:
             if kind.name in job.args["kinds"]:
                 program = Builder(kind, group).program()
                 result[kind.name] = digest(mixed(NativeDecoder(program), kind, program))
+    return result
+
+
+@torch.inference_mode()
+def three_ways(job: Job) -> Any:
+    """Make each model live, from its files, and from what was saved or converted; return the digests of its logits."""
+    result: dict[str, dict[str, str]] = {}
+    with init_group() as group:
+        for name, directory in job.args["models"].items():
+            found = {}
+            for way in ("live", "files", "saved", "converted"):
+                if way == "converted":
+                    model = low_bit.AutoModelForCausalLM.load_low_bit(
+                        job.args["converted"][name], tensor_parallel=group
+                    )
+                else:
+                    model = make(way, directory, job.folder / name, "sym_int4", "int8", group)
+                found[way] = digest(run_alone(program_of(model, group), "torch", TEXT, STEPS))
+            result[name] = found
     return result

@@ -19,6 +19,8 @@ twice the bound of each other. The constants hold for sums in any order, with u 
   88 at most), sums, merges of chunks and the division (2 n + 24) u sum p_j |v_j|, n keys.
 - an activation of x: |f(x)| <= |x| and |x f'(x)| <= 1.13 |x| for each of them; the exponential errs by 2 u and u of its
   argument, whose product with the rest is below 1; at most six more operations: 10 u |x|. Its product with up: u |y|.
+- a router's weight, of E experts: an exponential, E additions and a division, (E + 6) u and u of the distance to the
+  largest logit; k more where the chosen are divided by their sum. The sum over experts: a product and an addition each.
 - soft-capped logits: as in a score.
 """
 
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 
 from dist_lowbit.decoder.program import Attention, Mlp, Moe, Norm, Program
 from dist_lowbit.decoder.rope import rope_table
+from dist_lowbit.formats import PackedWeight, dequantize
 from dist_lowbit.parallel import LowBitLinear
 from tests.bounds import U, linear_bound
 
@@ -179,8 +182,43 @@ class ExactProgram:
         slack = spread @ v.abs() + (2 * rows + 24) * U * (p @ v.abs())
         return self.note(p @ v, slack)
 
+    def routed(self, moe: Moe, x: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(moe.router, x)
+        count = logits.shape[1]
+        chosen = logits.detach().topk(moe.top_k + 1).indices
+        gap = logits.gather(1, chosen[:, -2:]).detach().diff().abs().min()
+        assert float(gap) > 1e-3, "too near a tie of experts to compare"
+        p = logits.softmax(-1)
+        p = self.note(p, p * ((count + 6) * U + U * (logits.amax(-1, keepdim=True) - logits)))
+        weights = p.gather(1, chosen[:, :-1])
+        if moe.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+            weights = self.note(weights, (moe.top_k + 1) * U * weights)
+        total, terms = torch.zeros_like(x), torch.zeros_like(x)
+        parts = []
+        for slot in range(moe.top_k):
+            y = torch.stack([self.expert(moe, int(chosen[row, slot]), x[row : row + 1])[0] for row in range(len(x))])
+            parts.append(weights[:, slot, None] * y)
+        if moe.shared is not None:
+            assert moe.shared_gate is not None
+            gate = torch.sigmoid(self.linear(moe.shared_gate, x))
+            parts.append(self.note(gate, 6 * U * gate) * self.mlp(moe.shared, x))
+        for part in parts:
+            total, terms = total + part, terms + part.abs()
+        return self.note(total, (len(parts) + 2) * U * terms)
+
+    def expert(self, moe: Moe, index: int, x: torch.Tensor) -> torch.Tensor:
+        up, down = moe.experts.gate_up_proj.expert(index), moe.experts.down_proj.expert(index)
+        gate, other = self.product(up, x).chunk(2, -1)
+        y = _ACTIVATIONS[moe.experts.activation](gate) * other
+        return self.product(down, self.note(y, 10 * U * (gate * other).abs() + U * y.abs()))
+
+    def product(self, weight: PackedWeight, x: torch.Tensor) -> torch.Tensor:
+        return self.note(x @ dequantize(weight).double().T, linear_bound(x.detach().float(), weight, "fp32"))
+
     def mlp(self, mlp: Mlp | Moe, x: torch.Tensor) -> torch.Tensor:
-        assert isinstance(mlp, Mlp)
+        if isinstance(mlp, Moe):
+            return self.routed(mlp, x)
         row = torch.cat([self.linear(linear, x) for linear in mlp.up], -1)
         if not mlp.gated:
             y = _ACTIVATIONS[mlp.activation](row)

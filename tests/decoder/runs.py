@@ -25,13 +25,18 @@ SHORT = PROMPT[2:9]
 TEXT = PROMPT + FORCED
 
 
+def program_of(model: Any, group: Group) -> Program:
+    """Return the program of a model that was built low-bit."""
+    state = state_of(model)
+    assert state is not None
+    assert state.target.family is not None, type(model)
+    return build_program(model, state.target.family, state.target.plan, group)
+
+
 def tiny_program(name: str, form: str, compute: str, group: Group) -> tuple[Any, Program]:
     """Return a rank's tiny model in a format, and its program."""
     model: Any = optimize_model(tiny_model(name), form, group=group, compute=compute)
-    state = state_of(model)
-    assert state is not None
-    assert state.target.family is not None, name
-    return model, build_program(model, state.target.family, state.target.plan, group)
+    return model, program_of(model, group)
 
 
 class Runner:

@@ -18,8 +18,8 @@ from tests.decoder.exact_program import ExactProgram
 from tests.decoder.runs import EXECUTORS, PROMPT, SHORT, TEXT, tiny_program
 from tests.decoder.tiny_families import TINY, VOCAB, tiny_model
 
-# One of each kind: grouped and windowed attention, fused qkv per head and per group, attention and MLP side by side.
-QUICK = ("mistral", "gpt_neox", "falcon 40b", "bloom", "gemma2")
+# One of each kind: windows, fused qkv per head and per group, attention and MLP side by side, slopes, experts.
+QUICK = ("mistral", "gpt_neox", "falcon 40b", "bloom", "qwen2_moe")
 SLOW = tuple(name for name in TINY if name not in QUICK)
 # Frequencies that depend on the length: a chunked prefill rotates its first chunks by those of shorter texts.
 BY_LENGTH = ("llama dynamic", "phi3 longrope")

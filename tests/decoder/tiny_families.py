@@ -120,6 +120,11 @@ TINY: dict[str, Tiny] = {
     ),
     "gpt_bigcode": Tiny("gpt_bigcode", _N_EMBD),
     "gpt_bigcode heads": Tiny("gpt_bigcode", _N_EMBD | {"multi_query": False}),
+    "mixtral": Tiny(
+        "mixtral", _LLAMA | {"intermediate_size": 93, "num_local_experts": 5, "num_experts_per_tok": 2}, moe=True
+    ),
+    "qwen2_moe": Tiny("qwen2_moe", _DERIVED | _MOE | {"shared_expert_intermediate_size": 165}, moe=True),
+    "qwen3_moe": Tiny("qwen3_moe", _LLAMA | _MOE | {"mlp_only_layers": [0], "norm_topk_prob": True}, moe=True),
 }
 
 
@@ -129,7 +134,9 @@ def tiny_model(name: str) -> PreTrainedModel:
     torch.manual_seed(sum(map(ord, name)))
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCAB}
     config = AutoConfig.for_model(tiny.model_type, **ends | {"initializer_range": 0.15} | tiny.config)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    # transformers' default for experts wants sizes that are multiples of four.
+    more = {"experts_implementation": "eager"} if tiny.moe else {}
+    model = AutoModelForCausalLM.from_config(config, **more).eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if parameter.dim() == 1:  # transformers starts biases and norms at 0 and 1, which hides their misuse
