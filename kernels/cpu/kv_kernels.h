@@ -21,6 +21,12 @@ struct KvKernels {
     // n numbers to int8 and one fp16 scale: scale = fp16(max|x| / 127); q = x / scale to nearest even, within +-127; 0
     // where the scale is 0. A NaN or an infinity among them makes the scale NaN.
     void (*narrow_int8)(const float* x, int8_t* q, uint16_t* scale, int64_t n);
+    // FloatKernels.scores and accumulate for one query row and keys or values as they are stored, of a DLB_KV_* type;
+    // `scales` has one for each key (int8). dim % 16 == 0.
+    void (*scores_stored)(const float* q, const void* k, int32_t kv_type, int64_t k_stride, const uint16_t* scales,
+                          int keys, int dim, float scale, float* s);
+    void (*accumulate_stored)(const float* p, const void* v, int32_t kv_type, int64_t v_stride, const uint16_t* scales,
+                              int keys, int dim, float* o);
     // out = q * scale, exact.
     void (*widen_int8)(const int8_t* q, const uint16_t* scale, float* out, int64_t n);
 };

@@ -132,8 +132,143 @@ void widen_int8(const int8_t* q, const uint16_t* scale, float* out, int64_t n) {
     }
 }
 
+// Eight stored numbers as floats, by the type of a cache.
+template <int32_t type>
+struct Stored;
+template <>
+struct Stored<DLB_KV_FP32> {
+    using T = float;
+    static inline V load(const T* p, V) { return _mm256_loadu_ps(p); }
+};
+template <>
+struct Stored<DLB_KV_FP16> {
+    using T = uint16_t;
+    static inline V load(const T* p, V) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+};
+template <>
+struct Stored<DLB_KV_BF16> {
+    using T = uint16_t;
+    static inline V load(const T* p, V) {
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+};
+template <>
+struct Stored<DLB_KV_INT8> {
+    using T = int8_t;
+    static inline V load(const T* p, V step) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+        return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)), step);
+    }
+};
+
+// The scale of key j, one where there are none.
+template <int32_t type>
+inline V step_of(const uint16_t* scales, int j) {
+    if (type != DLB_KV_INT8) return _mm256_setzero_ps();
+    return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(scales[j])));
+}
+
+// Lanes 8..15 have been added to 0..7; the rest of the tree for four sums at once: 4, 2, 1.
+inline __m128 tree4(V a, V b, V c, V d) {
+    const __m128 a4 = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 b4 = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    const __m128 c4 = _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
+    const __m128 d4 = _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+    const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a4, b4), _mm_unpackhi_ps(a4, b4));
+    const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c4, d4), _mm_unpackhi_ps(c4, d4));
+    return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+}
+
+// Four keys of which `count` count; the others are the last one again.
+template <int32_t type>
+inline __m128 four_scores(const float* q, const typename Stored<type>::T* k, int64_t stride, const uint16_t* scales,
+                          int count, int dim) {
+    using S = Stored<type>;
+    const typename S::T* row[4];
+    V step[4], lo[4], hi[4];
+    for (int i = 0; i < 4; i++) {
+        const int j = i < count ? i : count - 1;
+        row[i] = k + j * stride;
+        step[i] = step_of<type>(scales, j);
+        lo[i] = hi[i] = _mm256_setzero_ps();
+    }
+    for (int d = 0; d < dim; d += 16) {
+        const V a = _mm256_loadu_ps(q + d), b = _mm256_loadu_ps(q + d + 8);
+        for (int i = 0; i < 4; i++) {
+            lo[i] = _mm256_add_ps(lo[i], _mm256_mul_ps(a, S::load(row[i] + d, step[i])));
+            hi[i] = _mm256_add_ps(hi[i], _mm256_mul_ps(b, S::load(row[i] + d + 8, step[i])));
+        }
+    }
+    return tree4(_mm256_add_ps(lo[0], hi[0]), _mm256_add_ps(lo[1], hi[1]), _mm256_add_ps(lo[2], hi[2]),
+                 _mm256_add_ps(lo[3], hi[3]));
+}
+
+template <int32_t type>
+void scores_of(const float* q, const void* base, int64_t stride, const uint16_t* scales, int keys, int dim, float scale,
+               float* s) {
+    const typename Stored<type>::T* k = static_cast<const typename Stored<type>::T*>(base);
+    for (int j = 0; j < keys; j += 4) {
+        const int count = keys - j < 4 ? keys - j : 4;
+        const uint16_t* own = type == DLB_KV_INT8 ? scales + j : scales;
+        const __m128 four =
+            _mm_mul_ps(four_scores<type>(q, k + j * stride, stride, own, count, dim), _mm_set1_ps(scale));
+        if (count == 4) {
+            _mm_storeu_ps(s + j, four);
+            continue;
+        }
+        float tail[4];
+        _mm_storeu_ps(tail, four);
+        std::memcpy(s + j, tail, static_cast<size_t>(count) * 4);
+    }
+}
+
+// 8 * `width` columns, held in registers over all keys.
+template <int32_t type, int width>
+inline void accumulate_columns(const float* p, const typename Stored<type>::T* v, int64_t stride,
+                               const uint16_t* scales, int keys, float* o) {
+    V acc[width];
+    for (int i = 0; i < width; i++) acc[i] = _mm256_loadu_ps(o + 8 * i);
+    for (int j = 0; j < keys; j++) {
+        const V weight = _mm256_broadcast_ss(p + j), step = step_of<type>(scales, j);
+        for (int i = 0; i < width; i++)
+            acc[i] = _mm256_add_ps(acc[i], _mm256_mul_ps(weight, Stored<type>::load(v + j * stride + 8 * i, step)));
+    }
+    for (int i = 0; i < width; i++) _mm256_storeu_ps(o + 8 * i, acc[i]);
+}
+
+template <int32_t type>
+void accumulate_of(const float* p, const void* base, int64_t stride, const uint16_t* scales, int keys, int dim,
+                   float* o) {
+    const typename Stored<type>::T* v = static_cast<const typename Stored<type>::T*>(base);
+    int d = 0;
+    for (; d + 64 <= dim; d += 64) accumulate_columns<type, 8>(p, v + d, stride, scales, keys, o + d);
+    for (; d < dim; d += 16) accumulate_columns<type, 2>(p, v + d, stride, scales, keys, o + d);
+}
+
+void scores_stored(const float* q, const void* k, int32_t kv_type, int64_t k_stride, const uint16_t* scales, int keys,
+                   int dim, float scale, float* s) {
+    const auto run = kv_type == DLB_KV_FP32   ? scores_of<DLB_KV_FP32>
+                     : kv_type == DLB_KV_FP16 ? scores_of<DLB_KV_FP16>
+                     : kv_type == DLB_KV_BF16 ? scores_of<DLB_KV_BF16>
+                                              : scores_of<DLB_KV_INT8>;
+    run(q, k, k_stride, scales, keys, dim, scale, s);
+}
+
+void accumulate_stored(const float* p, const void* v, int32_t kv_type, int64_t v_stride, const uint16_t* scales,
+                       int keys, int dim, float* o) {
+    const auto run = kv_type == DLB_KV_FP32   ? accumulate_of<DLB_KV_FP32>
+                     : kv_type == DLB_KV_FP16 ? accumulate_of<DLB_KV_FP16>
+                     : kv_type == DLB_KV_BF16 ? accumulate_of<DLB_KV_BF16>
+                                              : accumulate_of<DLB_KV_INT8>;
+    run(p, v, v_stride, scales, keys, dim, o);
+}
+
 }  // namespace
 
-const KvKernels kv_avx2 = {rope_halves, rope_pairs, clip, narrow, narrow_int8, widen_int8};
+const KvKernels kv_avx2 = {rope_halves,   rope_pairs,        clip,      narrow, narrow_int8,
+                           scores_stored, accumulate_stored, widen_int8};
 
 }  // namespace dlb

@@ -93,8 +93,43 @@ void widen_int8(const int8_t* q, const uint16_t* scale, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i++) out[i] = static_cast<float>(q[i]) * step;
 }
 
+// Element i of a row as it is stored.
+float stored(const void* row, int32_t kv_type, int64_t i, const uint16_t* scale) {
+    const uint16_t* half = static_cast<const uint16_t*>(row);
+    if (kv_type == DLB_KV_FP32) return static_cast<const float*>(row)[i];
+    if (kv_type == DLB_KV_FP16) return half_to_float(half[i]);
+    if (kv_type == DLB_KV_BF16) return float_of(static_cast<uint32_t>(half[i]) << 16);
+    return static_cast<float>(static_cast<const int8_t*>(row)[i]) * half_to_float(*scale);
+}
+
+const void* row_at(const void* base, int32_t kv_type, int64_t element) {
+    const int64_t bytes = kv_type == DLB_KV_FP32 ? 4 : kv_type == DLB_KV_INT8 ? 1 : 2;
+    return static_cast<const char*>(base) + element * bytes;
+}
+
+void scores_stored(const float* q, const void* k, int32_t kv_type, int64_t k_stride, const uint16_t* scales, int keys,
+                   int dim, float scale, float* s) {
+    for (int j = 0; j < keys; j++) {
+        const void* row = row_at(k, kv_type, j * k_stride);
+        float lane[16] = {};
+        for (int d = 0; d < dim; d++) lane[d % 16] = lane[d % 16] + q[d] * stored(row, kv_type, d, scales + j);
+        for (int half = 8; half > 0; half /= 2)
+            for (int l = 0; l < half; l++) lane[l] = lane[l] + lane[l + half];
+        s[j] = lane[0] * scale;
+    }
+}
+
+void accumulate_stored(const float* p, const void* v, int32_t kv_type, int64_t v_stride, const uint16_t* scales,
+                       int keys, int dim, float* o) {
+    for (int j = 0; j < keys; j++) {
+        const void* row = row_at(v, kv_type, j * v_stride);
+        for (int d = 0; d < dim; d++) o[d] = o[d] + p[j] * stored(row, kv_type, d, scales + j);
+    }
+}
+
 }  // namespace
 
-const KvKernels kv_scalar = {rope_halves, rope_pairs, clip, narrow, narrow_int8, widen_int8};
+const KvKernels kv_scalar = {rope_halves,   rope_pairs,        clip,      narrow, narrow_int8,
+                             scores_stored, accumulate_stored, widen_int8};
 
 }  // namespace dlb
