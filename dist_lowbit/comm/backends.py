@@ -15,6 +15,7 @@ from dist_lowbit.core.settings import settings
 
 from .base import BaseGroup
 from .ccl import CclGroup
+from .device import NcclGroup, XcclGroup
 from .gloo import GlooGroup
 from .group import Group, Json
 from .hierarchical import HierarchicalGroup, layout
@@ -24,9 +25,8 @@ from .peers import Peer, from_json, myself, one_machine, to_json
 from .shm import ShmGroup
 from .single import SingleGroup
 
-BACKENDS: Mapping[str, type[BaseGroup]] = {
-    backend.name: backend for backend in (SingleGroup, ShmGroup, HierarchicalGroup, CclGroup, MpiGroup, GlooGroup)
-}
+_ALL = (SingleGroup, ShmGroup, HierarchicalGroup, CclGroup, MpiGroup, GlooGroup, NcclGroup, XcclGroup)
+BACKENDS: Mapping[str, type[BaseGroup]] = {backend.name: backend for backend in _ALL}
 AUTO = ("shm", "hierarchical", "ccl", "mpi", "gloo")  # best first
 AUTO_NEAR = ("shm", "gloo")  # on one machine
 

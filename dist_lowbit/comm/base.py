@@ -31,6 +31,7 @@ class BaseGroup(ABC):
     """A Group over a backend's primitives."""
 
     name: ClassVar[str]
+    device_types: tuple[str, ...] = ("cpu",)  # where tensors may be
 
     def __init__(self, rank: int, peers: Sequence[Peer], timeout: float) -> None:
         self.rank = rank
@@ -87,8 +88,8 @@ class BaseGroup(ABC):
     # ---- the collectives
 
     def all_reduce(self, x: torch.Tensor, timeout: float | None = None, *, native: bool = False) -> torch.Tensor:
-        if x.dtype not in DTYPES or x.device.type != "cpu" or not x.is_contiguous():
-            raise UsageError(f"all_reduce got {_described(x)}; expected contiguous fp32, bf16 or fp16 on the CPU")
+        if x.dtype not in DTYPES or x.device.type not in self.device_types or not x.is_contiguous():
+            raise UsageError(f"all_reduce got {_described(x)}; expected contiguous fp32, bf16 or fp16 on {self._where}")
         reduce = self._all_reduce_native if native else self._all_reduce
         self._run(reduce, x, self.timeout if timeout is None else timeout)
         return x
@@ -96,9 +97,9 @@ class BaseGroup(ABC):
     def all_gather(
         self, x: torch.Tensor, dim: int = -1, sizes: Sequence[int] | None = None, timeout: float | None = None
     ) -> torch.Tensor:
-        if x.device.type != "cpu" or not -x.dim() <= dim < x.dim():
+        if x.device.type not in self.device_types or not -x.dim() <= dim < x.dim():
             raise UsageError(
-                f"all_gather along {dim} got {_described(x)}; expected a CPU tensor that has the dimension"
+                f"all_gather along {dim} got {_described(x)}; expected a tensor on {self._where} with the dimension"
             )
         dim %= x.dim()
         limit = self.timeout if timeout is None else timeout
@@ -114,7 +115,7 @@ class BaseGroup(ABC):
             )
         shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
         numels = [torch.Size(shape).numel() for shape in shapes]
-        flat = torch.empty(sum(numels), dtype=x.dtype)
+        flat = torch.empty(sum(numels), dtype=x.dtype, device=x.device)
         self._gather_bytes(x.contiguous(), flat, [n * x.element_size() for n in numels], limit)
         if torch.Size(x.shape[:dim]).numel() == 1:
             return flat.view(*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :])
@@ -122,8 +123,8 @@ class BaseGroup(ABC):
         return torch.cat(pieces, dim)
 
     def broadcast(self, x: torch.Tensor, source: int = 0, timeout: float | None = None) -> torch.Tensor:
-        if x.device.type != "cpu" or not x.is_contiguous():
-            raise UsageError(f"broadcast got {_described(x)}; expected a contiguous tensor on the CPU")
+        if x.device.type not in self.device_types or not x.is_contiguous():
+            raise UsageError(f"broadcast got {_described(x)}; expected a contiguous tensor on {self._where}")
         if not 0 <= source < self.size:
             raise UsageError(f"broadcast from rank {source} in a group of {self.size}; expected 0 to {self.size - 1}")
         self._run(self._broadcast, _as_bytes(x), source, self.timeout if timeout is None else timeout)
@@ -187,6 +188,10 @@ class BaseGroup(ABC):
             self._lost, self._culprit = f"a call was interrupted by {type(error).__name__}", self.rank
             self._leave()
             raise
+
+    @property
+    def _where(self) -> str:
+        return " or ".join(self.device_types)
 
     def abandon(self, message: str) -> None:
         """Give the group up for a reason that came from elsewhere, so that nobody waits for this rank."""

@@ -554,3 +554,31 @@ def torch_ccl(job: Job) -> Any:
     dist.barrier()
     dist.destroy_process_group()
     return True
+
+
+def device(job: Job) -> dict[str, Any]:
+    """Run every check on the class behind nccl and xccl, with gloo and the CPU in the place of a GPU."""
+    from torch.distributed import ProcessGroupGloo
+
+    from dist_lowbit.comm import backends
+    from dist_lowbit.comm.device import DeviceGroup
+
+    class OnCpu(DeviceGroup):
+        name = "device"
+        device_type = "cpu"
+
+        @classmethod
+        def why_not(cls, info: Any) -> str | None:
+            return None
+
+        @classmethod
+        def _device(cls, place: int) -> torch.device:
+            return torch.device("cpu")
+
+        @classmethod
+        def _connected(cls, store: Any, rank: int, size: int) -> Any:
+            return ProcessGroupGloo(store, rank, size)
+
+    backends.BACKENDS = {**backends.BACKENDS, "device": OnCpu}
+    with init_group("device", timeout=20) as group:
+        return {name: check(group) for name, check in CHECKS.items()}

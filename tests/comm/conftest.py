@@ -13,7 +13,7 @@ from dist_lowbit.core.native import native_why_not
 from dist_lowbit.core.rank import RankInfo
 from tests.comm.harness import Farm, mpirun
 
-OPTIONAL = ("ccl", "mpi")  # what needs packages or hardware that a machine may lack
+OPTIONAL = ("ccl", "mpi", "nccl", "xccl")  # what needs packages or hardware that a machine may lack
 PAIR = RankInfo(0, 2, 0, 2, "127.0.0.1", 1, "test")
 
 

@@ -12,7 +12,7 @@ from tests.comm.conftest import PAIR, require, require_mpirun
 from tests.comm.harness import Farm, Outcome, run_under_mpirun
 
 SIZES = (2, 3, 4)
-SHARED = [name for name in BACKENDS if name not in ("single", "mpi", "hierarchical")]  # these have runs of their own
+SHARED = [name for name in BACKENDS if name in ("shm", "ccl", "gloo")]  # the others have runs of their own
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,23 @@ def test_under_mpirun(tmp_path: Path, outcome: Outcome, size: int) -> None:
     for n in sizes:
         digests = {seen.values[rank][f"{name}-{n}-fingerprints"] for rank in range(n) for name in backends}
         assert digests == {outcome.values[0][f"shm-{n}-fingerprints"]}
+
+
+@pytest.mark.parametrize("backend", ["nccl", "xccl"])
+def test_a_gpu_for_each_rank(farm: Farm, outcome: Outcome, backend: str) -> None:
+    require(backend)
+    seen = farm.run("conformance", 2, {"backends": [backend], "sizes": [2]}, timeout=100)
+    assert not seen.errors, next(iter(seen.errors.values()))
+    assert seen.values[0][f"{backend}-2-fingerprints"] == outcome.values[0]["shm-2-fingerprints"]
+
+
+def test_the_class_behind_nccl_and_xccl(farm: Farm, outcome: Outcome) -> None:
+    """Its sums, gathers and splits; the GPU and its library are for machines that have them."""
+    require("shm")
+    seen = farm.run("device", 3, timeout=60)
+    assert not seen.errors, next(iter(seen.errors.values()))
+    digests = {value["fingerprints"] for value in seen.values.values()}
+    assert digests == {outcome.values[0]["shm-3-fingerprints"]}
 
 
 @pytest.mark.slow
