@@ -24,7 +24,7 @@ FATES = {
 }
 
 
-@EACH
+@pytest.mark.parametrize("backend", ["shm", pytest.param("ccl", marks=pytest.mark.slow), "gloo"])
 @pytest.mark.parametrize("count", [1000, 300000])
 @pytest.mark.parametrize("fate", FATES)
 def test_the_rank_at_fault_is_named_in_time(backend: str, fate: str, count: int, farm: Farm) -> None:

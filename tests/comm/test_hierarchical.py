@@ -54,7 +54,7 @@ def test_conformance(farm: Farm, outer: str) -> None:
     assert all(value.keys() == bodies.CHECKS.keys() for value in outcome.values.values())
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+@pytest.mark.parametrize("victim", [*(pytest.param(rank, marks=pytest.mark.slow) for rank in (0, 1, 2)), 3])
 def test_a_death_is_named_on_every_machine(farm: Farm, victim: int) -> None:
     require("shm")
     args = {"per_host": 2, "outer": "gloo", "victim": victim}
