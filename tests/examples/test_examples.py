@@ -20,13 +20,13 @@ GREEDY = ("--max-new-tokens", "12")
 SAMPLED = (*GREEDY, "--sample", "--seed", "5")
 
 
-def run(*command: object, **more: str) -> str:
+def run(*command: object, limit: float = 110, **more: str) -> str:
     """Run a command outside the checkout and return its stdout."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
     # The launchers of this environment come first on PATH, as in an activated one.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=110, env=env, cwd="/", check=False
+        [str(word) for word in command], capture_output=True, text=True, timeout=limit, env=env, cwd="/", check=False
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -141,7 +141,8 @@ def test_a_model_that_deepspeed_split_says_what_one_rank_says(style: str) -> Non
     if (why_not := RUNNERS[style]().why_not()) is not None:
         pytest.skip(f"--style {style} cannot be used: {why_not}")
     words = ("--n-predict", "12", "--prompt", "Once upon a time")
-    said = run(*STYLES[style](), EXAMPLES / "deepspeed_autotp.py", *words, DS_ACCELERATOR="cpu", RANK_WAIT_TIME="0.1")
+    more = {"DS_ACCELERATOR": "cpu", "RANK_WAIT_TIME": "0.1"}
+    said = run(*STYLES[style](), EXAMPLES / "deepspeed_autotp.py", *words, limit=300, **more)
     assert "Inference time of generating 12 tokens: " in said
     assert said.count(alone(*GREEDY)) == 1, said
 
@@ -152,7 +153,8 @@ def test_a_model_that_deepspeed_split_says_what_one_rank_says(style: str) -> Non
 def test_models_that_deepspeed_split_are_taken_over_bit_for_bit(ranks: int, tmp_path: Path) -> None:
     needs_deepspeed()
     start = [shutil.which("deepspeed", path=launchers()), "--num_accelerators", ranks, "--no_local_rank"]
-    said = run(*start, Path(__file__).with_name("deepspeed_taken_over.py"), tmp_path, DS_ACCELERATOR="cpu")
+    script = Path(__file__).with_name("deepspeed_taken_over.py")
+    said = run(*start, script, tmp_path, limit=300, DS_ACCELERATOR="cpu")
     assert said.count("equal: True, saved equal: True, refused: True") == 3 * ranks, said
 
 
