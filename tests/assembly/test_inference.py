@@ -85,7 +85,7 @@ def test_an_empty_model_needs_a_checkpoint() -> None:
         init_inference(torch.nn.Linear(64, 64, device="meta"), low_bit="sym_int4")
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_tokens_are_timed(story, prompt: torch.Tensor, beams: int) -> None:
     said: list[str] = []
     model = BenchmarkWrapper(optimize_model(story()), out=said.append)

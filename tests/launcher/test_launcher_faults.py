@@ -32,7 +32,7 @@ def test_a_killed_rank_is_named_and_ends_all(launch: Launch) -> None:
 
 
 def test_stubborn_ranks_are_killed_after_the_grace(launch: Launch) -> None:
-    process = launch.start("-n", "2", launch.script(STUBBORN))  # the default grace, 3 s
+    process = launch.start("-n", "2", "--grace", "1", launch.script(STUBBORN))
     pids = launch.pids(2)
     begin = time.monotonic()
     os.kill(pids[0], signal.SIGKILL)
@@ -76,7 +76,7 @@ def test_a_crash_shows_where(launch: Launch) -> None:
     assert "Fatal Python error: Segmentation fault" in done.stderr
 
 
-@pytest.mark.parametrize("code", [1, 3, 42, 255])
+@pytest.mark.parametrize("code", [42, 3])
 def test_the_exit_code_is_the_ranks(launch: Launch, code: int) -> None:
     done = launch("-n", "2", launch.script(f"sys.exit({code}) if rank else time.sleep(60)"))
     assert done.returncode == code
