@@ -37,7 +37,7 @@ def test_stubborn_ranks_are_killed_after_the_grace(launch: Launch) -> None:
     begin = time.monotonic()
     os.kill(pids[0], signal.SIGKILL)
     process.communicate(timeout=10)
-    assert 3 <= time.monotonic() - begin < 5
+    assert 1 <= time.monotonic() - begin < 3
     assert process.returncode == 137
     assert all(map(gone, pids))
 
