@@ -66,7 +66,7 @@ def joined_matrix(source: TensorSource, names: Names) -> SourceMatrix:
             low, high = max(start, begin), min(stop, end)
             if low < high:
                 parts.append(source.read(name, low - begin, high - begin))
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else source.read(names[0], 0, 0)
 
     return SourceMatrix((begins[-1], *first.shape[1:]), first.dtype, read)
 

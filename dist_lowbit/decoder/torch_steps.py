@@ -1,46 +1,105 @@
 """The steps of a decoder layer that are no Linear, as torch operations: what TorchDecoder is made of.
 
-On the cpu they call dist_lowbit.ops, whose bits depend on a row alone. On other devices they are torch's own, in fp32,
-and agree within rounding.
+What has two definitions is in FixedSteps and PlainSteps; what moves numbers about, or rounds each of them once, is here
+once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
 from dist_lowbit.ops.arithmetic import tanh_poly
 from dist_lowbit.ops.attention import attention
-from dist_lowbit.ops.elementwise import activation, gated, layer_norm, rms_norm
+from dist_lowbit.ops.elementwise import activation, gated, layer_norm, rms_norm, route
+from dist_lowbit.parallel import LowBitLinear
+from dist_lowbit.parallel.experts import LowBitExperts
 
-from .program import Attention, Norm
+from .program import Attention, Moe, Norm
 from .step import BLOCK_SLOTS, KvStore
 
 
-def normed(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
-    """Return norm(x) along the last axis; x itself where there is no norm. A weight for each head is [heads, size]."""
-    if norm is None:
-        return x
-    weight, bias = norm.weight, norm.bias
-    if weight.dim() == 2:  # without a weight, then times it: the same roundings
-        return normed(Norm(norm.kind, weight.new_ones(x.shape[-1]), None, norm.eps), x) * weight
-    if x.device.type != "cpu":
+class Steps(Protocol):
+    """What a decoder takes from FixedSteps or PlainSteps."""
+
+    def norm(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        """Return norm(x) along the last axis, with one weight for all rows."""
+        ...
+
+    def activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Return an activation (program.ACTIVATIONS, or sigmoid) of x."""
+        ...
+
+    def gated(self, name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return an activation of gate, times up."""
+        ...
+
+    def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        """Return cap tanh(x / cap)."""
+        ...
+
+    def attend(
+        self, a: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the attention of one sequence's last rows: q [n, H, D], k and v [1, kv heads, S, D] -> [n, H * D]."""
+        ...
+
+    def experts(
+        self,
+        experts: LowBitExperts,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        last: Sequence[LowBitLinear],
+    ) -> torch.Tensor:
+        """Return the weighted sum of each row's experts (LowBitExperts.weighted_sum)."""
+        ...
+
+
+class FixedSteps:
+    """The operations of dist_lowbit.ops, whose bits depend on a row (and the keys it sees) alone. On the cpu."""
+
+    def norm(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        """See Steps."""
         if norm.kind == "layer":
-            return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight
-    return layer_norm(x, weight, bias, norm.eps) if norm.kind == "layer" else rms_norm(x, weight, norm.eps)
+            return layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return rms_norm(x, norm.weight, norm.eps)
 
+    def activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """See Steps."""
+        return activation(x, name)
 
-def activated(name: str, x: torch.Tensor) -> torch.Tensor:
-    """Return an activation (program.ACTIVATIONS) of x."""
-    return activation(x, name) if x.device.type == "cpu" else _ACTIVATIONS[name](x)
+    def gated(self, name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """See Steps."""
+        return gated(gate, up, name)
 
+    def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        """See Steps."""
+        return cap * tanh_poly(x / torch.full_like(x, cap))
 
-def activated_gate(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return an activation of gate, times up."""
-    return gated(gate, up, name) if gate.device.type == "cpu" else _ACTIVATIONS[name](gate) * up
+    def attend(
+        self, a: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor:
+        """See Steps."""
+        out = attention(
+            q.transpose(0, 1)[None], k, v, index, scale=a.scale, causal_offset=k.shape[2] - q.shape[0],
+            window=a.window, softcap=a.softcap, alibi=a.alibi,
+        )  # fmt: skip
+        return out[0].flatten(1)
+
+    def experts(
+        self,
+        experts: LowBitExperts,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        last: Sequence[LowBitLinear],
+    ) -> torch.Tensor:
+        """See Steps."""
+        return experts.weighted_sum(x, ids, weights, last)
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -48,14 +107,91 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
-    "sigmoid": torch.sigmoid,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
 }
 
 
-def softcapped(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """Return cap tanh(x / cap), x where cap is 0."""
-    return cap * tanh_poly(x / torch.full_like(x, cap)) if cap > 0 else x
+class PlainSteps:
+    """torch's own operations in fp32, on any device: the same numbers within rounding."""
+
+    def norm(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        """See Steps."""
+        if norm.kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+    def activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """See Steps."""
+        return _ACTIVATIONS[name](x)
+
+    def gated(self, name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """See Steps."""
+        return _ACTIVATIONS[name](gate) * up
+
+    def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        """See Steps."""
+        return cap * torch.tanh(x / cap)
+
+    def attend(
+        self, a: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor:
+        """See Steps."""
+        rows, slots, which = q.shape[0], k.shape[2], index.long()
+        scores = q.transpose(0, 1) @ k[0].float()[which].mT * a.scale
+        if a.softcap > 0:
+            scores = self.softcap(scores, a.softcap)
+        own = torch.arange(slots - rows, slots, device=q.device)[:, None]
+        distance = torch.arange(slots, device=q.device)[None, :] - own
+        if a.alibi is not None:
+            scores = scores + a.alibi[:, None, None] * distance
+        seen = (distance <= 0) & (distance > -a.window) if a.window else distance <= 0
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        return (weights @ v[0].float()[which]).transpose(0, 1).flatten(1)
+
+    def experts(
+        self,
+        experts: LowBitExperts,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        last: Sequence[LowBitLinear],
+    ) -> torch.Tensor:
+        """See Steps."""
+        y = x.new_zeros(x.shape[0], experts.down_proj.spec.n)
+        for number in sorted(set(ids.flatten().tolist())):
+            row, slot = (ids == number).nonzero(as_tuple=True)
+            routed_to = number < experts.down_proj.experts
+            if routed_to:
+                up = experts.gate_up_proj.product(number, x[row])
+            else:
+                up = torch.cat([linear.product(x[row]) for linear in last[:-1]], -1)
+            inner = self.gated(experts.activation, *up.chunk(2, -1))
+            down = experts.down_proj.product(number, inner) if routed_to else last[-1].product(inner)
+            y.index_add_(0, row, down * weights[row, slot, None])
+        return experts.summed(y)
+
+
+def normed(steps: Steps, norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
+    """Return norm(x) along the last axis; x itself where there is no norm. A weight for each head is [heads, size]."""
+    if norm is None:
+        return x
+    if norm.weight.dim() == 2:  # without a weight, then times it: the same roundings
+        return steps.norm(Norm(norm.kind, norm.weight.new_ones(x.shape[-1]), None, norm.eps), x) * norm.weight
+    return steps.norm(norm, x)
+
+
+def routed(steps: Steps, moe: Moe, x: torch.Tensor) -> torch.Tensor:
+    """Return what routed experts make of rows x, a shared expert as the last one, in a slot of its own."""
+    ids, weights = route(moe.router(x), moe.top_k, moe.renormalise)
+    if moe.shared is None:
+        return steps.experts(moe.experts, x, ids, weights, ())
+    own = ids.new_full((len(x), 1), moe.experts.down_proj.experts)
+    factor = weights.new_ones(len(x), 1)
+    if moe.shared_gate is not None:
+        factor = steps.activation("sigmoid", moe.shared_gate(x))
+    ids, weights = torch.cat((ids, own), 1), torch.cat((weights, factor), 1)
+    return steps.experts(moe.experts, x, ids, weights, (*moe.shared.up, moe.shared.down))
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -112,29 +248,3 @@ def read_rows(store: KvStore, layer: int, table: torch.Tensor, length: int) -> t
             numbers = numbers.float() * scales[layer][blocks].transpose(0, 1).flatten(1, 2)[:, :length, None].float()
         result.append(numbers[None])
     return result[0], result[1]
-
-
-def attended(a: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return the attention of one sequence's last rows: q [n, H, D], k and v [1, kv heads, S, D] -> [n, H * D]."""
-    rows, slots = q.shape[0], k.shape[2]
-    if q.device.type == "cpu":
-        out = attention(
-            q.transpose(0, 1)[None], k, v, index, scale=a.scale, causal_offset=slots - rows, window=a.window,
-            softcap=a.softcap, alibi=a.alibi,
-        )  # fmt: skip
-        return out[0].flatten(1)
-    return _plain_attention(a, q.transpose(0, 1), k[0].float()[index], v[0].float()[index])
-
-
-def _plain_attention(a: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    rows, slots = q.shape[1], k.shape[1]
-    scores = q @ k.mT * a.scale
-    if a.softcap > 0:
-        scores = a.softcap * torch.tanh(scores / a.softcap)
-    own = torch.arange(slots - rows, slots, device=q.device)[:, None]
-    distance = torch.arange(slots, device=q.device)[None, :] - own
-    if a.alibi is not None:
-        scores = scores + a.alibi.to(q.device)[:, None, None] * distance
-    seen = (distance <= 0) & (distance > -a.window) if a.window else distance <= 0
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return (weights @ v).transpose(0, 1).flatten(1)

@@ -8,7 +8,7 @@
 `isas`, `active_isa`, `select_isa` and `limit_torch` are for doctor, tests and whoever owns the process.
 """
 
-from .kernel import KERNELS, choose, kernel
+from .kernel import KERNELS, choose, kernel, place
 from .library import active_isa, isas, library, select_isa
 from .linear import linear
 from .spec import Kernel, LinearSpec, whole_cuts
@@ -26,6 +26,7 @@ __all__ = [
     "library",
     "limit_torch",
     "linear",
+    "place",
     "plan_here",
     "select_isa",
     "whole_cuts",

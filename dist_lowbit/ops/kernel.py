@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from dist_lowbit.core.errors import KernelError
+from dist_lowbit.formats import PackedWeight
 
 from .compiled import Compiled
+from .devices import Dequantized, XpuInt4
 from .reference import Reference
 from .spec import Kernel, LinearSpec
 
-KERNELS: tuple[Kernel, ...] = (Compiled(), Reference())
+KERNELS: tuple[Kernel, ...] = (Compiled(), XpuInt4(), Dequantized(), Reference())
 
 
 def choose(spec: LinearSpec) -> Kernel:
@@ -29,3 +35,12 @@ def kernel(name: str) -> Kernel:
             return candidate
     names = ", ".join(candidate.name for candidate in KERNELS)
     raise KernelError(f"unknown kernel {name!r}; expected one of {names}")
+
+
+def place(weight: PackedWeight, spec: LinearSpec, device: torch.device) -> tuple[LinearSpec, str, torch.Tensor]:
+    """Return the spec, the kernel's name and the prepacked weight of a Linear that moves to a device."""
+    there = replace(spec, device=device.type)
+    chosen = choose(there)
+    tensors = {name: tensor.to(device) for name, tensor in weight.tensors().items()}
+    moved = PackedWeight.from_tensors(weight.format, weight.shape, weight.group_size, tensors)
+    return there, chosen.name, chosen.prepack(moved, there)

@@ -32,6 +32,7 @@ def _shape(x: torch.Tensor, packed: torch.Tensor, kernel: str, n: int) -> torch.
 
 _LIBRARY.impl("linear", _run, "CPU")
 _LIBRARY.impl("linear", _run, "CUDA")
+_LIBRARY.impl("linear", _run, "XPU")
 torch.library.register_fake("dist_lowbit::linear", _shape, lib=_LIBRARY)
 forbid_gradient("linear", _LIBRARY)
 

@@ -57,6 +57,16 @@ class ExpertStack(nn.Module):
         """Return one expert's local part in its portable form."""
         return ops.kernel(self.kernel).unpack(self.packed[index], self.spec)
 
+    def product(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T of one expert's local part, in fp32."""
+        return ops.linear(x, self.packed[index], self.kernel, self.spec.n)
+
+    def place(self, device: torch.device) -> None:
+        """Move the stack to a device (see LowBitLinear.place), expert by expert."""
+        placed = [ops.place(self.expert(index), self.spec, device) for index in range(self.experts)]
+        self.spec, self.kernel = placed[0][:2]
+        self.packed = torch.stack([packed for _, _, packed in placed])
+
     def unpack(self) -> PackedWeight:
         """Return this rank's stacked weight in its portable form, exactly as it was given."""
         return merge([self.expert(index) for index in range(self.experts)], 0)
@@ -98,9 +108,18 @@ class LowBitExperts(nn.Module):
         last: gate, up and down (or gate_up and down) of a shared expert, number `experts` in ids.
         """
         kernels = {self.gate_up_proj.kernel, self.down_proj.kernel, *(linear.kernel for linear in last)}
-        y = self._native(x, ids, weights, last) if kernels == {_NATIVE} else self._plain(x, ids, weights, last)
-        down = self.down_proj
-        return down.group.all_reduce(y) if down.split.reduce else y
+        return self.summed(
+            self._native(x, ids, weights, last) if kernels == {_NATIVE} else self._plain(x, ids, weights, last)
+        )
+
+    def summed(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the ranks of each one's part."""
+        return self.down_proj.group.all_reduce(y) if self.down_proj.split.reduce else y
+
+    def place(self, device: torch.device) -> None:
+        """Move both stacks to a device (see LowBitLinear.place)."""
+        self.gate_up_proj.place(device)
+        self.down_proj.place(device)
 
     def _native(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, last: Sequence[LowBitLinear]

@@ -55,6 +55,16 @@ class LowBitLinear(nn.Module):
         """Return this rank's weight in its portable form, exactly as it was given."""
         return ops.kernel(self.kernel).unpack(self.packed, self.spec)
 
+    def place(self, device: torch.device) -> None:
+        """Move the weight to a device, in the layout of a kernel that runs there; KernelError where none takes it."""
+        self.spec, self.kernel, self.packed = ops.place(self.unpack(), self.spec, device)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.to(device), requires_grad=False)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's x W^T in fp32: no sum over ranks, no bias."""
+        return ops.linear(x, self.packed, self.kernel, self.out_features)
+
     @property
     def weight(self) -> torch.Tensor:
         """Return this rank's weight as fp32 [N, K], dequantized anew at each access: for code that looks at it."""
@@ -62,7 +72,7 @@ class LowBitLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + bias (see the class); an x of another width is a UsageError."""
-        y = ops.linear(x, self.packed, self.kernel, self.out_features)
+        y = self.product(x)
         if self.split.reduce:
             y = self.group.all_reduce(y)
         if self.bias is not None:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers.cache_utils import DynamicCache
 
 from dist_lowbit.comm import SingleGroup
+from dist_lowbit.decoder.torch_decoder import TorchDecoder
 from tests.decoder.bodies import STEPS
 from tests.decoder.exact_program import ExactProgram
-from tests.decoder.runs import EXECUTORS, PROMPT, SHORT, TEXT, tiny_program
+from tests.decoder.runs import EXECUTORS, FORCED, PROMPT, SHORT, TEXT, Runner, tiny_program
 from tests.decoder.tiny_families import TINY, VOCAB, tiny_model
 
 # One of each kind: windows, fused qkv per head and per group, attention and MLP side by side, slopes, experts.
@@ -107,6 +108,21 @@ def test_logits_are_hugging_faces(close_runs: Any, name: str, tp: int, executor:
 @pytest.mark.parametrize("name", TINY)
 def test_logits_of_every_family_are_hugging_faces(close_runs: Any, name: str, tp: int, executor: str) -> None:
     check_close(close_runs(tuple(TINY), tp), name, executor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*QUICK, "gemma2", "phi"])
+def test_plain_torch_steps_are_hugging_faces(name: str) -> None:
+    # What runs on other devices than the cpu, run here.
+    _, program = tiny_program(name, "fp16", "fp32", SingleGroup())
+    runner = Runner(program, "torch", 1)
+    runner.executor = TorchDecoder(program, plain=True)
+    with torch.inference_mode():
+        parts = [runner.step([(0, TEXT[: len(PROMPT)])])[0], *(runner.step([(0, [token])])[0] for token in FORCED)]
+    ours, theirs, one = torch.cat(parts), hugging_face(name)[0], exact(name)[0]
+    for row in ROWS:
+        token = int(theirs[row].argmax())
+        assert abs(float(ours[row, token]) - float(theirs[row, token])) <= 2 * one.bound(row, token), (row, token)
 
 
 def check_bits(bit_runs: Any, families: tuple[str, ...], name: str, degrees: tuple[int, ...], executor: str) -> None:
