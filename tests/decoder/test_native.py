@@ -51,7 +51,7 @@ def by_both(kind: Kind, dtype: str = "fp32") -> tuple[torch.Tensor, torch.Tensor
     return found, wanted
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *ELEMENTS], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [*KINDS, *ROUTED, *ELEMENTS], ids=lambda kind: kind.name)
 def test_the_bits_of_torch_operations(kind: Kind) -> None:
     # Formats that are no integers too: both executors call the same product with the same rows.
     found, wanted = by_both(kind)
