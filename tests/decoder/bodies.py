@@ -12,6 +12,7 @@ from dist_lowbit import transformers as low_bit
 from dist_lowbit.comm import init_group
 from dist_lowbit.core.errors import CommError
 from dist_lowbit.decoder.native import NativeDecoder
+from dist_lowbit.optimize import optimize_model
 from tests.comm.harness import Job
 from tests.decoder.program_kinds import KINDS, ROUTED
 from tests.decoder.runs import (
@@ -25,6 +26,7 @@ from tests.decoder.runs import (
     run_in_company,
     tiny_program,
 )
+from tests.decoder.tiny_families import tiny_model
 from tests.decoder.tiny_programs import Builder, mixed
 from tests.decoder.tiny_programs import Runner as TinyRunner
 from tests.e2e.bodies import digest, make
@@ -117,4 +119,29 @@ def three_ways(job: Job) -> Any:
                     model = make(way, directory, job.folder / name, "sym_int4", "int8", group)
                 found[way] = digest(run_alone(program_of(model, group), "torch", TEXT, STEPS))
             result[name] = found
+    return result
+
+
+@torch.inference_mode()
+def hugging_face_forward(job: Job) -> Any:
+    """Run Hugging Face's own forward over swapped and cut modules; return its logits from rank 0."""
+    with init_group() as group:
+        for name in job.args["families"]:
+            model: Any = optimize_model(tiny_model(name), "fp16", group=group, compute="fp32", optimize_llm=False)
+            found = {"text": model(torch.tensor([TEXT]), use_cache=False).logits[0]}
+            if group.rank == 0:
+                save_file(found, str(job.folder / f"{name}.safetensors"))
+    return None
+
+
+@torch.inference_mode()
+def greedy_texts(job: Job) -> Any:
+    """Return each family's most likely tokens after every token of a given text, run one by one."""
+    result: dict[str, list[int]] = {}
+    with init_group() as group:
+        for name, text in job.args["texts"].items():
+            _, program = tiny_program(name, "fp16", "fp32", group)
+            for executor in job.args["executors"]:
+                chunks = [len(PROMPT)] + [1] * (len(text) - len(PROMPT))
+                result[f"{name} {executor}"] = run_alone(program, executor, text, chunks).argmax(-1).tolist()
     return result

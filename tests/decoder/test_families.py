@@ -12,8 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers.cache_utils import DynamicCache
 
+from dist_lowbit.assembly.build import build
+from dist_lowbit.assembly.mode import Mode
+from dist_lowbit.assembly.target import make_target
 from dist_lowbit.comm import SingleGroup
+from dist_lowbit.core.errors import PlanError
 from dist_lowbit.decoder.torch_decoder import TorchDecoder
+from dist_lowbit.models import FAMILIES
 from tests.decoder.bodies import STEPS
 from tests.decoder.exact_program import ExactProgram
 from tests.decoder.runs import EXECUTORS, FORCED, PROMPT, SHORT, TEXT, Runner, tiny_program
@@ -24,6 +29,7 @@ QUICK = ("mistral", "gpt_neox", "falcon 40b", "bloom", "qwen2_moe")
 SLOW = tuple(name for name in TINY if name not in QUICK)
 # Frequencies that depend on the length: a chunked prefill rotates its first chunks by those of shorter texts.
 BY_LENGTH = ("llama dynamic", "phi3 longrope")
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # tests/e2e runs Hugging Face's forward of these
 ROWS = (0, 7, 11, 12, 15)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +114,71 @@ def test_logits_are_hugging_faces(close_runs: Any, name: str, tp: int, executor:
 @pytest.mark.parametrize("name", TINY)
 def test_logits_of_every_family_are_hugging_faces(close_runs: Any, name: str, tp: int, executor: str) -> None:
     check_close(close_runs(tuple(TINY), tp), name, executor)
+
+
+# Families whose Hugging Face forward runs on a part of the heads.
+CUT = ("gemma", "gemma2", "glm", "glm4", "phi", "starcoder2", "mixtral", "qwen2_moe", "qwen3_moe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_hugging_faces_forward_runs_over_cut_modules(decoder_ranks: Any, tp: int) -> None:
+    folder, _ = decoder_ranks("hugging_face_forward", tp, families=CUT)
+    for name in CUT:
+        ours, theirs, one = load_file(folder / f"{name}.safetensors")["text"], hugging_face(name)[0], exact(name)[0]
+        for row in ROWS:
+            token = int(theirs[row].argmax())
+            assert abs(float(ours[row, token]) - float(theirs[row, token])) <= 2 * one.bound(row, token), (name, row)
+
+
+def test_a_cut_model_that_needs_the_decoder_says_so() -> None:
+    needs = {name for name, family in FAMILIES.items() if family.own_decoder}
+    assert needs == {TINY[name].model_type for name in TINY} - {TINY[n].model_type for n in CUT} - set(LLAMA_LIKE)
+    target = make_target(tiny_model("gpt_neox"), lambda name: 64, 2, lambda name: True)
+    unused: Any = None
+    with pytest.raises(PlanError, match="forward of gpt_neox cannot run on a part of the heads"):
+        build(unused, target, unused, unused, unused, frozenset(), Mode(decoder="off"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 3])
+def test_greedy_tokens_are_hugging_faces(decoder_ranks: Any, tp: int) -> None:
+    names = [name for name in TINY if name not in BY_LENGTH]
+    texts = {name: greedy_text(name) for name in names}
+    _, found = decoder_ranks(
+        "greedy_texts", tp, texts={n: t for n, (t, _) in texts.items()}, executors=tuple(EXECUTORS)
+    )
+    compared = 0
+    for name in names:
+        text, theirs = texts[name]
+        for executor in EXECUTORS:
+            ours = found[0][f"{name} {executor}"]
+            for row in range(len(PROMPT) - 1, len(text) - 1):
+                best, other = text[row + 1], ours[row]
+                compared += best == other
+                if best != other:  # only where their logits are nearer than both may err
+                    gap = float(theirs[row, best] - theirs[row, other])
+                    one = long_exact(name, tuple(text))
+                    assert gap <= 2 * (one.bound(row, best) + one.bound(row, other)), (name, executor, row)
+    assert compared > 0.9 * 64 * len(names) * len(EXECUTORS)
+
+
+@functools.cache
+def greedy_text(name: str) -> tuple[list[int], torch.Tensor]:
+    """Return the prompt and 64 greedy tokens of Hugging Face's model, and its logits of them all."""
+    model, text = tiny_model(name), list(PROMPT)
+    with torch.inference_mode():
+        for _ in range(64):
+            logits = model(torch.tensor([text]), use_cache=False).logits[0]
+            text.append(int(logits[-1].argmax()))
+    return text, logits
+
+
+@functools.cache
+def long_exact(name: str, text: tuple[int, ...]) -> ExactProgram:
+    """Return the exact program of a long text."""
+    _, program = tiny_program(name, "fp16", "fp32", SingleGroup())
+    return ExactProgram(program, torch.tensor(text), [len(text)])
 
 
 @pytest.mark.slow

@@ -147,6 +147,33 @@ def _up_ranges(splits: dict, i: int, rank: int, dims: ModelDims) -> list[tuple[i
     return [gate, (up[0] - INTERMEDIATE[dims], up[1] - INTERMEDIATE[dims])]
 
 
+@pytest.mark.parametrize("dims", DIMS)
+@pytest.mark.parametrize("tp", [1, 2, 3, 4, 8])
+def test_a_qkv_by_head_holds_each_heads_rows(dims: ModelDims, tp: int) -> None:
+    group, size = dims.heads // dims.kv_heads, dims.head_dim
+    shapes = {"a.qkv": ((dims.heads + 2 * dims.kv_heads) * size, 192), "a.o": (192, dims.heads * size)}
+    plan = make_plan(shapes, {"a.qkv": "qkv_by_head", "a.o": "o"}, (), dims, lambda name: 64, tp)
+    held = [{row for start, stop in ranges for row in range(start, stop)} for ranges in plan.splits["a.qkv"].ranges]
+    for rank, heads in enumerate(plan.heads["a"]):
+        queries = range(heads.first, heads.first + heads.heads)
+        places = [head // group * (group + 2) + head % group for head in queries]
+        keys = {head // group for head in queries}
+        places += [kv * (group + 2) + group + part for kv in keys for part in (0, 1)]
+        assert held[rank] == {place * size + i for place in places for i in range(size)}
+    assert set().union(*held) == set(range(shapes["a.qkv"][0]))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+def test_every_expert_of_a_stack_is_cut_alike(tp: int) -> None:
+    experts, inner, dims = 5, 160, DIMS[0]
+    shapes = {"e.gate_up": (experts * 2 * inner, 192), "e.down": (experts * 192, inner)}
+    plan = make_plan(shapes, {"e.gate_up": "expert_gate_up", "e.down": "expert_down"}, (), dims, lambda name: 64, tp)
+    for rank in range(tp):
+        ((start, stop),) = plan.splits["e.down"].ranges[rank]
+        rows = [row for a, b in plan.splits["e.gate_up"].ranges[rank] for row in range(a, b)]
+        assert rows == [half * inner + i for half in range(2 * experts) for i in range(start, stop)]
+
+
 def test_six_heads_over_four_ranks_leave_one_idle() -> None:
     # Units of two heads (64 elements): three units over four ranks.
     dims = DIMS[1]
