@@ -120,7 +120,8 @@ def test_two_hundred_injections_into_collectives(launch: Launch, part: int) -> N
     for number in range(20):
         draw = random.Random(20 * part + number)
         case = Case(launch, draw, ("kill", "stop", "raise"), script, draw.choice(["auto", "gloo"]))
-        if case.fate == "stop" or draw.random() < 0.7:
+        # An exception in the middle of another package's import may be caught there, and then nothing has happened.
+        if case.fate != "kill" or draw.random() < 0.7:
             case.wait_until_up()
             time.sleep(draw.uniform(0, 0.05))
         else:
