@@ -1,0 +1,240 @@
+"""What users of Hugging Face models do with one, on the fused decoder: the same tokens as Hugging Face's own forward.
+
+The model is a random Llama in fp32, so the two forwards differ by the order of sums alone; ties between tokens closer
+than that do not occur with these seeds, which the first test checks.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, TextStreamer
+from transformers.generation import StoppingCriteria
+
+from dist_lowbit import optimize_model
+from dist_lowbit.core.errors import UsageError
+from dist_lowbit.decoder.backbone import FusedBackbone
+
+VOCAB = 151
+
+
+@pytest.fixture(scope="module")
+def plain() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, pad_token_id=0, bos_token_id=1,
+        eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def fused(plain: LlamaForCausalLM) -> LlamaForCausalLM:
+    model = optimize_model(copy.deepcopy(plain), "fp32")
+    assert isinstance(model, LlamaForCausalLM)
+    assert isinstance(model.model, FusedBackbone)
+    return model
+
+
+def prompts(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Three rows of 3, 9 and 6 tokens, padded on the left."""
+    ids, mask = prompts(3, 9, 5), torch.ones(3, 9, dtype=torch.int64)
+    for row, pads in ((0, 6), (2, 3)):
+        ids[row, :pads], mask[row, :pads] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.7},
+    "beams": {"num_beams": 4, "do_sample": False},
+    "beams sampled": {"num_beams": 3, "do_sample": True},
+    "beam groups of returned": {"num_beams": 4, "num_return_sequences": 3, "do_sample": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, "do_sample": False},
+    "no cache": {"use_cache": False, "do_sample": False},
+    "penalty": {"repetition_penalty": 1.3, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generate(way: str, plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
+    inputs = {"input_ids": prompts(1, 11)} if way == "prompt lookup" else padded()
+    results = []
+    for model in (plain, fused):
+        torch.manual_seed(11)
+        results.append(model.generate(**inputs, max_new_tokens=40, **WAYS[way]))
+    assert torch.equal(*results)
+
+
+def gap(logits: torch.Tensor) -> float:
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return float((first - second).min())
+
+
+def test_the_two_forwards_differ_less_than_the_closest_tokens(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
+    ids = prompts(4, 40)
+    with torch.inference_mode():
+        one, other = plain(ids).logits, fused(ids).logits
+    assert float((one - other).abs().max()) < gap(one) / 2
+
+
+def test_streamer_and_stopping_criteria(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
+    class Collect(TextStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    class After(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 20)
+
+    seen = []
+    for model in (plain, fused):
+        streamer = Collect()
+        model.generate(
+            prompts(1, 5), max_new_tokens=40, do_sample=False, streamer=streamer, stopping_criteria=[After()]
+        )
+        seen.append(streamer.tokens)
+    assert seen[0] == seen[1]
+    assert len(seen[1]) == 21
+
+
+def test_the_cache_goes_on_across_calls(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
+    ids = prompts(2, 30)
+    with torch.inference_mode():
+        cache = DynamicCache()
+        whole = fused(ids).logits
+        first = fused(ids[:, :13], past_key_values=cache)
+        assert first.past_key_values is cache
+        assert cache.get_seq_length() == 13
+        second = fused(ids[:, 13:], past_key_values=cache).logits
+    assert torch.equal(torch.cat([first.logits, second], 1), whole)
+    assert cache.get_seq_length() == 30
+    # A conversation: generate, then go on from what generate left in its cache.
+    texts = []
+    for model in (plain, fused):
+        cache = DynamicCache()
+        once = model.generate(ids, max_new_tokens=7, do_sample=False, past_key_values=cache)
+        longer = torch.cat([once, prompts(2, 4, 9)], 1)
+        texts.append(model.generate(longer, max_new_tokens=9, do_sample=False, past_key_values=cache))
+    assert torch.equal(*texts)
+
+
+def test_a_cropped_cache_forgets(fused: LlamaForCausalLM) -> None:
+    ids = prompts(2, 40)
+    with torch.inference_mode():
+        cache = fused(ids[:, :37], use_cache=True).past_key_values
+        cache.crop(-20)
+        assert cache.get_seq_length() == 17
+        again = fused(ids[:, 17:], past_key_values=cache).logits
+        assert torch.equal(again, fused(ids).logits[:, 17:])
+
+
+def test_beams_share_blocks_until_they_part(fused: LlamaForCausalLM) -> None:
+    """Reordering copies no key; a block that two rows share is copied when one of them writes."""
+    ids = prompts(1, 70)
+    with torch.inference_mode():
+        cache = fused(ids, use_cache=True).past_key_values
+        batch = cache.layers[0].batch
+        before = batch.blocks.store.keys[0].data_ptr()
+        cache.batch_repeat_interleave(3)
+        assert batch.blocks.table([0, 1, 2]).unique().numel() == 3  # 70 tokens in blocks of 32, all shared
+        tokens = torch.tensor([[3], [4], [5]])
+        out = fused(tokens, past_key_values=cache).logits
+        assert batch.blocks.table([0, 1, 2]).unique().numel() == 2 + 3
+        cache.reorder_cache(torch.tensor([2, 2, 0]))
+        more = fused(tokens, past_key_values=cache).logits
+        assert batch.blocks.store.keys[0].data_ptr() == before
+        for row, path in enumerate([[5, 3], [5, 4], [3, 5]]):
+            alone = fused(torch.cat([ids, torch.tensor([path])], 1)).logits
+            assert torch.equal(more[row, -1], alone[0, -1])
+            assert torch.equal(out[2, -1], fused(torch.cat([ids, tokens[2:]], 1)).logits[0, -1])
+
+
+def test_padding_changes_no_bit(fused: LlamaForCausalLM) -> None:
+    inputs = padded()
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        together = fused(**inputs, position_ids=positions).logits
+        for row in range(3):
+            ids = inputs["input_ids"][row][mask[row].bool()][None]
+            assert torch.equal(fused(ids).logits[0], together[row, mask[row].bool()])
+
+
+def test_hidden_states_come_from_hugging_face(
+    plain: LlamaForCausalLM, fused: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = prompts(2, 12)
+    with torch.inference_mode(), caplog.at_level(logging.WARNING, "dist_lowbit"):
+        mine = fused(ids, output_hidden_states=True)
+        theirs = plain(ids, output_hidden_states=True)
+        fused(ids, output_hidden_states=True)
+    assert len(mine.hidden_states) == len(theirs.hidden_states) == 4
+    for one, other in zip(mine.hidden_states, theirs.hidden_states, strict=True):
+        # Two orders of the same fp32 sums, three layers deep; hidden states are of size 1 to 100 here.
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    assert len([r for r in caplog.records if "output_hidden_states" in r.getMessage()]) == 1
+
+
+def test_a_cache_moves_between_the_forwards(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
+    """The decoder takes over a cache that Hugging Face filled, and gives its own back where that forward goes on."""
+    ids = prompts(2, 30)
+    with torch.inference_mode():
+        expected = plain(ids).logits[:, -5:]
+        theirs = plain(ids[:, :25], use_cache=True).past_key_values
+        taken = fused(ids[:, 25:], past_key_values=theirs).logits
+        mine = fused(ids[:, :25], use_cache=True).past_key_values
+        given = fused(ids[:, 25:], past_key_values=mine, output_hidden_states=True).logits
+    for found in (taken, given):
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_loss(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
+    ids = prompts(2, 20)
+    with torch.inference_mode():
+        one, other = plain(ids, labels=ids).loss, fused(ids, labels=ids).loss
+    # A mean of numbers of size 5 to 20, each with the rounding of about 10^3 fp32 additions.
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=0)
+
+
+def test_embeddings_as_input(fused: LlamaForCausalLM) -> None:
+    ids = prompts(2, 9)
+    with torch.inference_mode():
+        assert torch.equal(fused(inputs_embeds=fused.get_input_embeddings()(ids)).logits, fused(ids).logits)
+
+
+BAD = {
+    "a static cache": (
+        lambda m: m.generate(prompts(1, 4), max_new_tokens=2, cache_implementation="static"),
+        "StaticLayer",
+    ),
+    "another batch": (
+        lambda m: m(prompts(3, 2), past_key_values=m(prompts(2, 5), use_cache=True).past_key_values),
+        "the input has 3 rows and the cache 2",
+    ),
+    "a short mask": (lambda m: m(prompts(1, 5), attention_mask=torch.ones(1, 4)), "attention_mask has shape"),
+    "two inputs": (lambda m: m.model(prompts(1, 5), inputs_embeds=torch.zeros(1, 5, 96)), "either input_ids or"),
+    "a token out of range": (lambda m: m(torch.tensor([[VOCAB]])), "token"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, fused: LlamaForCausalLM) -> None:
+    call, text = BAD[case]
+    with torch.inference_mode(), pytest.raises((UsageError, IndexError), match=text):
+        call(fused)
