@@ -166,7 +166,8 @@ def _layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {
         "input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,),
         "self_attention.query_key_value.weight": (rows, h), "self_attention.query_key_value.bias": (rows,),
-        "self_attention.dense.weight": (h, h), "mlp.dense_h_to_4h.weight": (2 * f, h), "mlp.dense_4h_to_h.weight": (h, f),
+        "self_attention.dense.weight": (h, h), "mlp.dense_h_to_4h.weight": (2 * f, h),
+        "mlp.dense_4h_to_h.weight": (h, f),
     }  # fmt: skip
 
 
