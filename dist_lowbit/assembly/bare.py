@@ -25,8 +25,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 class BareConfig(PreTrainedConfig):  # type: ignore[misc]
     """The values of a config.json, with the usual names for what the family calls otherwise."""
 
-    family: Family  # of the model_type; a class attribute of each subclass
-
 
 class BareBase(nn.Module):
     """The part that the decoder stands in for. It has no forward of its own."""
@@ -47,7 +45,8 @@ class BareBase(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: transformers has no forward for this family."""
-        raise UsageError(f"a {self.config.model_type} model runs on the fused decoder only; load it with optimize_llm=True")
+        kind = self.config.model_type
+        raise UsageError(f"a {kind} model runs on the fused decoder only; load it with optimize_llm=True")
 
 
 class BareForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -91,11 +90,11 @@ class BareForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding."""
         names = _family(self.config).names
-        return self.get_submodule(f"{names.base}.{names.embed}")
+        return cast(nn.Module, self.get_submodule(f"{names.base}.{names.embed}"))
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the head."""
-        return self.get_submodule(self._head)
+        return cast(nn.Module, self.get_submodule(self._head))
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: there is no training from random weights."""
@@ -103,7 +102,7 @@ class BareForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 def _family(config: PreTrainedConfig) -> Family:
     family = family_of(config)
-    if family is None or not family.bare:
+    if family is None or family.bare is None:
         raise UsageError(f"a {config.model_type} model cannot be made from its tensors alone")
     return family
 
@@ -113,8 +112,8 @@ def tensor_shapes(directory: str | Path) -> Shapes:
     path = Path(directory or "/nonexistent")
     if is_checkpoint(path):
         with CheckpointReader(path) as reader:
-            both = {**reader.weights, **reader.tensors}
-            return {name: tuple(info.shape) for name, info in both.items()}
+            shapes = {name: tuple(info.shape) for name, info in reader.weights.items()}
+            return shapes | {name: tuple(info.shape) for name, info in reader.tensors.items()}
     with TensorSource(path) as source:
         return {name: tuple(source[name].shape) for name in source}
 
@@ -126,13 +125,14 @@ def _plant(model: nn.Module, config: BareConfig, family: Family, shapes: Shapes)
     top = names.base.partition(".")[0]
     for name, shape in shapes.items():
         module_name, _, leaf = name.rpartition(".")
-        if leaf != "weight" or not any(module_name == other or module_name.startswith(f"{other}.") for other in (top, names.lm_head)):
+        if leaf != "weight" or not (module_name == names.lm_head or module_name.startswith(f"{top}.")):
             continue  # biases come with their weight; tables such as inv_freq are computed
-        parent = model
+        parent: nn.Module = model
         path = module_name.split(".")
-        for part in path[:-1]:
+        for depth, part in enumerate(path[:-1]):
             if part not in parent._modules:
-                parent.add_module(part, BareBase(config) if parent is model else nn.Module())
+                layers = path[: depth + 1] == f"{names.base}.{names.layers}".split(".")
+                parent.add_module(part, BareBase(config) if depth == 0 else nn.ModuleList() if layers else nn.Module())
             parent = cast(nn.Module, parent._modules[part])
         parent.add_module(path[-1], _leaf(module_name == embedding, shape, f"{module_name}.bias" in shapes, config))
 
@@ -149,8 +149,10 @@ def _leaf(embedding: bool, shape: tuple[int, ...], bias: bool, config: BareConfi
 def register_bare() -> None:
     """Enter the bare families in Hugging Face's Auto classes; again does no harm."""
     for model_type, family in FAMILIES.items():
-        if family.bare:
-            fields = {"model_type": model_type, "attribute_map": dict(family.bare), "family": family}
-            config = type(f"{model_type.capitalize()}BareConfig", (BareConfig,), fields)
+        if family.bare is not None:
+            fields = {"model_type": model_type, "attribute_map": dict(family.bare)}
+            name = model_type.capitalize()
+            config = type(f"{name}BareConfig", (BareConfig,), fields)
+            model = type(f"{name}BareForCausalLM", (BareForCausalLM,), {"config_class": config})
             AutoConfig.register(model_type, config, exist_ok=True)
-            AutoModelForCausalLM.register(config, BareForCausalLM, exist_ok=True)
+            AutoModelForCausalLM.register(config, model, exist_ok=True)

@@ -20,6 +20,7 @@ from dist_lowbit.parallel.experts import ExpertStack, LowBitExperts
 from dist_lowbit.parallel.plan import Heads
 from dist_lowbit.quantize import Recipe
 
+from .decode import use_decoder
 from .mode import Mode
 from .progress import track
 from .target import Target
@@ -181,12 +182,14 @@ def build(
     if target.family is not None:
         embedding = model.get_submodule(target.family.required[0])
         embedding.scale = target.family.embedding_scale(model.config)  # type: ignore[assignment]
-        if mode.optimize_llm or cut:
+        if (mode.optimize_llm or cut) and target.family.bare is None:
             _use_own_steps(model, cut and not target.family.own_decoder)
     if cut:
         _localize_attention(model, target, group.rank)
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # head and embedding are two tensors from here on
+    if target.family is not None and mode.optimize_llm:
+        use_decoder(model, target, group, mode)
     setattr(model, STATE, LowBitState(recipe, target, group, left))
     return model.eval().requires_grad_(False)

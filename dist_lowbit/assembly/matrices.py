@@ -53,6 +53,15 @@ def transposed_matrix(source: TensorSource, name: str) -> SourceMatrix:
     return SourceMatrix(tuple(matrix.shape), source[name].dtype, lambda start, stop: matrix[start:stop])
 
 
+def with_unit_rows(matrix: SourceMatrix) -> SourceMatrix:
+    """Return a matrix with its rows brought to length 1, in fp32."""
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return nn.functional.normalize(matrix.read(start, stop).float(), eps=0.0)
+
+    return SourceMatrix(matrix.shape, torch.float32, read)
+
+
 def joined_matrix(source: TensorSource, names: Names) -> SourceMatrix:
     """Return tensors of one width, one below the other, as one matrix."""
     begins = [0]

@@ -16,6 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 
 from dist_lowbit.core.errors import UsageError
 
+from .bare import register_bare
+
 
 def empty_model(cls: Any, config: Any, directory: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> Any:
     """Build a model of a Hugging Face class (or Auto class) with its parameters on meta.
@@ -38,6 +40,7 @@ def empty_model(cls: Any, config: Any, directory: str | Path, trust_remote_code:
 
 def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
     """Return the Hugging Face config of a directory, without any note of a quantization."""
+    register_bare()
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{directory} holds no config.json, so it is no model directory")

@@ -10,6 +10,8 @@ from torch import nn
 from dist_lowbit.checkpoint import TensorSource
 from dist_lowbit.comm import Group
 from dist_lowbit.core.log import logger
+from dist_lowbit.formats import Format
+from dist_lowbit.models import family_of
 from dist_lowbit.quantize import Recipe
 
 from .attach import attach
@@ -31,7 +33,13 @@ def source_weights(model: nn.Module, source: TensorSource, recipe: Recipe) -> So
     renamed, stacks = other_names(model, source)
     aliases = {name: renamed.get(other, other) for name, other in aliases.items()} | renamed
     transposed = transposed_linears(model)
-    return SourceWeights(source, lambda name: form_under(recipe, name, name in own), transposed, aliases, stacks)
+    family = family_of(model.config) if hasattr(model, "config") else None
+    unit_rows = {family.names.lm_head} if family is not None and family.normalise_head else set[str]()
+
+    def form_of(name: str) -> tuple[Format, int | None] | None:
+        return form_under(recipe, name, name in own)
+
+    return SourceWeights(source, form_of, transposed, aliases, stacks, unit_rows)
 
 
 def source_target(model: nn.Module, recipe: Recipe, tp: int) -> tuple[Target, frozenset[str]]:

@@ -5,7 +5,7 @@ All three answer the same two questions, for one rank at a time and touching onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from dist_lowbit.formats.packed import merge
 from dist_lowbit.parallel import Split
 from dist_lowbit.quantize import rtn
 
-from .matrices import SourceMatrix, joined_matrix, plain_matrix, transposed_matrix
+from .matrices import SourceMatrix, joined_matrix, plain_matrix, transposed_matrix, with_unit_rows
 
 # The format and group size of a module's weight, or None for the cast that keeps its own dtype.
 FormOf = Callable[[str], tuple[Format, int | None] | None]
@@ -147,12 +147,14 @@ class SourceWeights:
         transposed: set[str],
         aliases: dict[str, str],
         stacks: dict[str, tuple[str, ...]] | None = None,
+        unit_rows: Set[str] = frozenset(),
     ) -> None:
         """aliases: name -> the name that holds its values where it is missing (tied weights).
 
         stacks: name of a stack of experts -> the tensors whose rows are its rows, one after the other.
+        unit_rows: modules whose rows are brought to length 1, as their model does at each forward.
         """
-        self._source, self._form_of = source, form_of
+        self._source, self._form_of, self._unit_rows = source, form_of, unit_rows
         self._transposed, self._aliases, self._stacks = transposed, aliases, stacks or {}
 
     def has(self, name: str) -> bool:
@@ -179,7 +181,8 @@ class SourceWeights:
         if name is None:
             raise CheckpointError(f"{self._source.directory} holds no tensor {module}.weight; expected {split.shape}")
         make = transposed_matrix if module in self._transposed else plain_matrix
-        return make(self._source, name)
+        matrix = make(self._source, name)
+        return with_unit_rows(matrix) if module in self._unit_rows else matrix
 
     def packed(self, module: str, split: Split, rank: int) -> PackedWeight:
         """Return a rank's part of the matrix of a module, quantized by round-to-nearest."""

@@ -92,7 +92,7 @@ class FusedBackbone(nn.Module):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise UsageError("give the model either input_ids or inputs_embeds")
-        keep = self.config.use_cache if use_cache is None else use_cache
+        keep = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         cache = past_key_values if past_key_values is not None else DynamicCache()
         kept, mask = _masks(attention_mask, given.shape[0], given.shape[1], cache.get_seq_length())
         batch = batch_of(cache) or adopt(cache, self.program, self.kv_cache_dtype, kept)

@@ -19,7 +19,7 @@ from dist_lowbit.parallel.plan import Heads
 from dist_lowbit.parallel.split import whole
 
 from .program import Attention, Layer, Mlp, Moe, Norm, Program, Rope
-from .rope import alibi_slopes, make_rope
+from .rope import alibi_slopes, limited, make_rope, plain_rope
 
 # transformers' names of activations -> this project's (program.ACTIVATIONS).
 _ACTIVATIONS = {
@@ -147,8 +147,13 @@ class _Builder:
     def _ropes(self) -> tuple[Rope, ...]:
         if not self.family.rope or self.value("alibi"):
             return ()
-        rope = make_rope(self.config, self.dims.head_dim, self.family.rope == "pairs", int(self.value("rope_dim")))
-        return (rope,)
+        pairs, dim = self.family.rope == "pairs", int(self.value("rope_dim"))
+        base = float(self.value("rope_base"))
+        if not base:
+            return (make_rope(self.config, self.dims.head_dim, pairs, dim),)
+        turned = int(self.dims.head_dim * self.family.rope_share)
+        rope = plain_rope(turned, pairs, base * float(self.value("rope_ratio") or 1))
+        return (limited(rope, int(self.value("longest"))),)
 
     def _layer(self, index: int, ropes: int) -> Layer:
         names = self.family.names

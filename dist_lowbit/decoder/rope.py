@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dist_lowbit.core.errors import PlanError
+from dist_lowbit.core.errors import PlanError, UsageError
 
 from .program import Rope, RopeOfLength
 
@@ -28,14 +29,32 @@ def make_rope(config: Any, head_dim: int, interleaved: bool, dim: int = 0) -> Ro
     if kind == "default":
         turned = dim or int(head_dim * told.get("partial_rotary_factor", 1.0))
         base = told.get("rope_theta", 10000.0)
-        inverse = 1.0 / (base ** (torch.arange(0, turned, 2, dtype=torch.float32) / turned))
-        return Rope(turned, interleaved, inverse)
+        return plain_rope(turned, interleaved, base)
     if kind not in ROPE_INIT_FUNCTIONS:
         raise PlanError(f"rope_type is {kind!r}; expected one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
     inverse, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     inverse = inverse.float()
     dynamic = _by_length(config, kind, told) if kind in _BY_LENGTH else None
     return Rope(2 * inverse.numel(), interleaved, inverse, float(scaling), dynamic)
+
+
+def plain_rope(dim: int, interleaved: bool, base: float) -> Rope:
+    """Return the rotary embedding of the paper (Su et al., 2021): frequencies base^(-2i / dim)."""
+    inverse = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    return Rope(dim, interleaved, inverse)
+
+
+def limited(rope: Rope, longest: int) -> Rope:
+    """Return a rope that refuses positions from `longest` on with a UsageError; 0 is no limit."""
+    if not longest:
+        return rope
+
+    def of_length(highest: int) -> tuple[torch.Tensor, float]:
+        if highest >= longest:
+            raise UsageError(f"a sequence has {highest + 1} tokens; this model is computed here up to {longest}")
+        return rope.inv_freq, rope.scaling
+
+    return replace(rope, dynamic=of_length)
 
 
 def _by_length(config: Any, kind: str, told: dict[str, Any]) -> RopeOfLength:

@@ -76,6 +76,10 @@ class Family:
     local_heads: attributes of an attention module, or of its config ("config.x"), that HF's forward reads as the
     number of query or key/value heads it holds. own_decoder: HF's forward cannot run on a part of the heads.
     sizes: config attribute (or number) of each field of ModelDims, where it is not the usual one.
+    rope_base, rope_ratio, rope_share: for configs without rope_parameters: the base of the frequencies (0: theirs), a
+    factor of it (0: none), and the part of a head that turns. longest: positions beyond which the family goes on in a
+    way that is not computed here (0: none). normalise_head: the head's rows are brought to length 1 when it is read.
+    bare: transformers has no code for this family; its usual names of sizes -> the config's own.
     kinds: what else changes where config attributes have some values: the first that applies.
     """
 
@@ -109,6 +113,12 @@ class Family:
     local_heads: Mapping[str, str] = field(default_factory=dict)
     own_decoder: bool = False
     sizes: Mapping[str, str | int] = field(default_factory=dict)
+    rope_base: Setting = 0
+    rope_ratio: Setting = 0
+    rope_share: float = 1.0
+    longest: Setting = 0
+    normalise_head: bool = False
+    bare: Mapping[str, str] | None = None
     kinds: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
 
     @property

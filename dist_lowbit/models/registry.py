@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from .bare import BARE
 from .family import Family, lookup
 from .gpt_like import GPT_LIKE
 from .llama_like import LLAMA_LIKE
 
-FAMILIES: dict[str, Family] = {entry.model_type: entry for entry in (*LLAMA_LIKE, *GPT_LIKE)}
+FAMILIES: dict[str, Family] = {entry.model_type: entry for entry in (*LLAMA_LIKE, *GPT_LIKE, *BARE)}
 
 
 def family_of(config: Any) -> Family | None:
