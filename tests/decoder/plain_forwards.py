@@ -184,7 +184,8 @@ _ENDS = {
 def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Return the tensors of a tiny model: fp32 numbers that fp16 holds exactly."""
     embed, layers, norm, head = _ENDS[config["model_type"]]
-    shapes: dict[str, tuple[int, ...]] = {embed: (_VOCAB, _HIDDEN), norm: (_HIDDEN,), head: (_VOCAB, _HIDDEN)}
+    vocab = config.get("padded_vocab_size", config.get("vocab_size"))
+    shapes: dict[str, tuple[int, ...]] = {embed: (vocab, _HIDDEN), norm: (_HIDDEN,), head: (vocab, _HIDDEN)}
     for i in range(2):
         shapes |= {f"{layers}{i}.{name}": shape for name, shape in _layer_shapes(config).items()}
     draw = torch.Generator().manual_seed(seed)
