@@ -6,6 +6,7 @@ old one's children under their names, so a checkpoint looks the same.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ class FusedBackbone(nn.Module):
         self.program, self.executor, self.kv_cache_dtype = program, executor, kv_cache_dtype
         self._no_fallback = no_fallback
         self._told: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedBackbone:
+        """Copy modules and program, which share their tensors, and let an executor of the same kind run the copy."""
+        original, program = copy.deepcopy((self._original[0], self.program), memo)
+        executor = type(self.executor)(program)  # type: ignore[call-arg]
+        return FusedBackbone(original, program, executor, self.kv_cache_dtype, self._no_fallback)
 
     @property
     def dtype(self) -> torch.dtype:
