@@ -11,6 +11,7 @@ from dist_lowbit.core.errors import PlanError, UsageError
 from dist_lowbit.core.log import logger
 from dist_lowbit.decoder.backbone import FusedBackbone
 from dist_lowbit.decoder.build_program import build_program
+from dist_lowbit.decoder.native import NativeDecoder
 from dist_lowbit.decoder.program import Program
 from dist_lowbit.decoder.step import Executor
 from dist_lowbit.decoder.torch_decoder import TorchDecoder
@@ -19,7 +20,7 @@ from .bare import BareForCausalLM
 from .mode import Mode
 from .target import Target
 
-_EXECUTORS: dict[str, Any] = {"torch": TorchDecoder}  # in order of preference
+_EXECUTORS: dict[str, Any] = {"native": NativeDecoder, "torch": TorchDecoder}  # in order of preference
 
 
 def choose_executor(program: Program, mode: Mode, device: str = "cpu") -> Executor:
