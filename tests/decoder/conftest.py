@@ -13,7 +13,7 @@ from dist_lowbit.core.native import native_why_not
 from tests.comm.harness import Farm
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def decoder_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Path, list[Any]]]]:
     """Return a function that runs a body on ranks and returns their folder and values."""
     if native_why_not() is not None:

@@ -19,9 +19,10 @@ from dist_lowbit.comm import SingleGroup
 from dist_lowbit.core.errors import PlanError
 from dist_lowbit.decoder.torch_decoder import TorchDecoder
 from dist_lowbit.models import FAMILIES
+from dist_lowbit.optimize import optimize_model
 from tests.decoder.bodies import STEPS
 from tests.decoder.exact_program import ExactProgram
-from tests.decoder.runs import EXECUTORS, FORCED, PROMPT, SHORT, TEXT, Runner, tiny_program
+from tests.decoder.runs import EXECUTORS, FORCED, PROMPT, SHORT, TEXT, Runner, program_of, run_alone, tiny_program
 from tests.decoder.tiny_families import TINY, VOCAB, tiny_model
 
 # One of each kind: windows, fused qkv per head and per group, attention and MLP side by side, slopes, experts.
@@ -216,3 +217,21 @@ def test_integer_formats_give_the_same_bits(bit_runs: Any, name: str, executor: 
 @pytest.mark.parametrize("name", TINY)
 def test_integer_formats_give_the_same_bits_in_every_family(bit_runs: Any, name: str, executor: str) -> None:
     check_bits(bit_runs, tuple(TINY), name, (2, 4), executor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen2_moe", {"modules_to_not_convert": ["lm_head", "gate_proj"]}),
+        ("mistral", {"modules_to_not_convert": ["o_proj"], "compute": "fp32"}),
+        ("gemma2", {"torch_dtype": torch.bfloat16}),
+        ("opt post", {"torch_dtype": "float16"}),
+    ],
+)
+def test_executors_agree_whatever_is_kept_or_cast(name: str, options: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        program = program_of(optimize_model(tiny_model(name), "sym_int8", **options), SingleGroup())
+        for kv in ("fp32", "bf16", "int8"):
+            first, *others = (run_alone(program, executor, TEXT, STEPS, kv) for executor in EXECUTORS)
+            assert all(torch.equal(first, other) for other in others), kv
