@@ -101,7 +101,7 @@ def stand_ins(model: nn.Module, layers: Mapping[str, nn.Module], group: Group) -
     Yields their shards. All ranks must call together.
     """
     axes = {name: _axis_of(name, module) for name, module in layers.items()}
-    widths = [dict(pair) for pair in group.gather_object([[n, m.weight.shape[axes[n]]] for n, m in layers.items()])]  # type: ignore[union-attr, index]
+    widths = [dict(pair) for pair in group.gather_object([[n, m.weight.shape[axes[n]]] for n, m in layers.items()])]  # type: ignore[index]
     shards = {}
     for name, module in layers.items():
         edges = [0]

@@ -69,7 +69,7 @@ def _gated(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tens
         raise UsageError(f"gated got shapes {tuple(gate.shape)} and {tuple(up.shape)}; give two of one shape")
     lib = _library(gate)
     if lib is None:
-        y = ACTIVATIONS[kind](gate.float())
+        y: torch.Tensor = ACTIVATIONS[kind](gate.float())
         return (y if up is None else y * up.float()).to(gate.dtype)
     other = _wide(up)
     rows = CRowsIn(kind=KIND_ACTIVATION if up is None else KIND_GATED, activation=number, up=_address(other))

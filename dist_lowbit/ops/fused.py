@@ -150,7 +150,8 @@ def linear_sum(terms: Sequence[tuple[Rows, torch.Tensor]], n: int, finish: Finis
 
 def rows_apply(rows: Rows, finish: Finish) -> torch.Tensor:
     """Return the finished rows themselves, + bias + residual, rounded once to a dtype: [M, K]."""
-    y = _empty(*rows.x.shape, finish)
+    m, k = rows.x.shape
+    y = _empty(m, k, finish)
     _check(_native().dlb_rows_apply(ctypes.byref(_c_rows(rows)), ctypes.byref(_c_out(y, finish))), "rows_apply")
     return y
 
