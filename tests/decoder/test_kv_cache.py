@@ -1,0 +1,78 @@
+"""The dtypes of the decoder's cache on the sample model: memory, perplexity, and which bits may change."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import dist_lowbit.sample
+from dist_lowbit.transformers import AutoModelForCausalLM
+
+SAMPLE = str(dist_lowbit.sample.path())
+STORY = (
+    "Once upon a time there was a little girl named Lily. She had a red ball that she loved very much. One day the "
+    "ball rolled under the big bed. Lily looked and looked, but it was too dark to see. Her brother Tom came with a "
+    "lamp. He said, do not worry, I can help you. They found the ball together and played in the garden until it was "
+    "time to eat. Mom gave them warm soup and bread, and they were happy. "
+)
+DTYPES = ("fp32", "bf16", "fp16", "int8")
+
+
+def loaded(dtype: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(SAMPLE, load_in_low_bit="sym_int8", kv_cache_dtype=dtype)
+
+
+def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    with torch.inference_mode():
+        return float(torch.exp(model(ids, labels=ids).loss))
+
+
+def text() -> str:
+    """Return the held-out text where it is, else a story."""
+    data = os.environ.get("DIST_LOWBIT_TEST_DATA")
+    return (Path(data) / "text" / "storyteller-heldout.txt").read_text(encoding="utf-8") if data else STORY * 4
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    """Return four stretches of 512 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(SAMPLE)
+    ids = tokenizer(text()[:20000] if len(text()) > 4000 else text() * 3, return_tensors="pt", verbose=False).input_ids
+    count = min(4, ids.shape[1] // 512)
+    return ids[:, : count * 512].reshape(count, 512)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
+def test_perplexity(dtype: str, windows: torch.Tensor) -> None:
+    """Within half a percent of a cache in fp32: what users are promised."""
+    exact, rounded = perplexity(loaded("fp32"), windows), perplexity(loaded(dtype), windows)
+    assert exact > 1
+    assert abs(rounded / exact - 1) < 0.005, (exact, rounded)
+
+
+def test_memory(windows: torch.Tensor) -> None:
+    sizes = {}
+    for dtype in DTYPES:
+        model = loaded(dtype)
+        with torch.inference_mode():
+            cache = model(windows[:1], use_cache=True).past_key_values
+        store = cache.layers[0].batch.blocks.store
+        sizes[dtype] = sum(t.numel() * t.element_size() for t in store.tensors())
+    assert sizes["fp32"] == 2 * sizes["fp16"] == 2 * sizes["bf16"]
+    # Codes of one byte and a scale of two bytes for each 32 of them, over two bytes: 34 / 64.
+    assert sizes["int8"] / sizes["fp16"] == 34 / 64 <= 0.55
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_of_a_prompt_change_no_bit(dtype: str, windows: torch.Tensor) -> None:
+    model = loaded(dtype)
+    ids = windows[:1, :100]
+    with torch.inference_mode():
+        whole = model(ids).logits
+        cache = model(ids[:, :41], use_cache=True).past_key_values
+        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((41, 42), (42, 90), (90, 100))]
+    assert torch.equal(torch.cat(parts, 1), whole[:, 41:])

@@ -1,0 +1,31 @@
+"""The sample model on the fused decoder and on Hugging Face's forward: the same greedy text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import dist_lowbit.sample
+from dist_lowbit.transformers import AutoModelForCausalLM
+
+SAMPLE = str(dist_lowbit.sample.path())
+
+
+@pytest.mark.parametrize(("form", "compute"), [("fp16", "int8"), ("sym_int8", "fp32"), ("sym_int4", "fp32")])
+def test_greedy_text_is_that_of_hugging_faces_forward(form: str, compute: str) -> None:
+    """Sixty tokens, wherever the two likeliest lie further apart than the two forwards do."""
+    ids = AutoTokenizer.from_pretrained(SAMPLE)("Once upon a time there was a", return_tensors="pt").input_ids
+    fused, plain = (
+        AutoModelForCausalLM.from_pretrained(SAMPLE, load_in_low_bit=form, compute=compute, optimize_model=on)
+        for on in (True, False)
+    )
+    texts = [model.generate(ids, max_new_tokens=60, do_sample=False) for model in (fused, plain)]
+    with torch.inference_mode():
+        logits = [model(texts[0]).logits for model in (fused, plain)]
+    apart = float((logits[0] - logits[1]).abs().max())
+    first, second = logits[1].topk(2, dim=-1).values.unbind(-1)
+    # Six layers of fp32 sums of at most 768 terms in two orders: far below what separates words.
+    assert apart < 1e-3
+    assert float((first - second)[:, ids.shape[1] - 1 : -1].min()) > 2 * apart
+    assert torch.equal(*texts)
