@@ -115,9 +115,9 @@ def _fill(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
                 module.register_buffer(leaf, buffer.to(torch.promote_types(dtype, buffer.dtype)), persistent=False)
 
 
-def _use_own_steps(model: nn.Module, cut: bool) -> None:
+def _use_own_steps(model: nn.Module, cut: bool, own_decoder: bool) -> None:
     """Switch a model to the project's attention and silu; where heads are cut it must take them."""
-    if not use_attention(model):
+    if not use_attention(model) and not own_decoder:
         what = f"{type(model).__name__} does not take another attention function"
         if cut:
             raise PlanError(f"{what}, which it needs to hold a part of its heads; run it on one rank")
@@ -183,7 +183,7 @@ def build(
         embedding = model.get_submodule(target.family.required[0])
         embedding.scale = target.family.embedding_scale(model.config)  # type: ignore[assignment]
         if (mode.optimize_llm or cut) and target.family.bare is None:
-            _use_own_steps(model, cut and not target.family.own_decoder)
+            _use_own_steps(model, cut, target.family.own_decoder)
     if cut:
         _localize_attention(model, target, group.rank)
     config: Any = getattr(model, "config", None)

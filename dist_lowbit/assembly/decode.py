@@ -56,9 +56,10 @@ def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> N
             raise
         logger.warning("Hugging Face's forward runs this model, slower than the decoder: %s", error)
         return
-    top = target.family.names.base.partition(".")[0]
+    parent, _, leaf = target.family.names.base.rpartition(".")
     executor = choose_executor(program, mode)
-    setattr(model, top, FusedBackbone(model.get_submodule(top), program, executor, mode.cache_name, needed))
+    original = model.get_submodule(target.family.names.base)
+    setattr(model.get_submodule(parent), leaf, FusedBackbone(original, program, executor, mode.cache_name, needed))
 
 
 def _no_fallback(model: nn.Module, target: Target) -> str | None:

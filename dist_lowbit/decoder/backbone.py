@@ -7,6 +7,7 @@ old one's children under their names, so a checkpoint looks the same.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,18 @@ from .cache import PagedBatch, adopt, batch_of, release
 from .program import Program
 from .step import Executor, Step
 
+# What only Hugging Face's forward returns.
+_ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
 # Arguments of base models that ask for nothing, or for what is done anyway.
 _HARMLESS = frozenset({"return_dict", "use_cache", "cache_position", "logits_to_keep", "num_items_in_batch"})
+
+
+@dataclass
+class FusedOutput(BaseModelOutputWithPast):  # type: ignore[misc]
+    """What base models return, with the fields that some heads look at besides."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class FusedBackbone(nn.Module):
@@ -105,7 +116,7 @@ class FusedBackbone(nn.Module):
         batch = batch_of(cache) or adopt(cache, self.program, self.kv_cache_dtype, kept)
         _check_batch(batch, kept)
         hidden = self._run(batch, input_ids, inputs_embeds, _positions(position_ids, batch, mask, self.program), mask)
-        return BaseModelOutputWithPast(
+        return FusedOutput(
             last_hidden_state=hidden, past_key_values=cache if keep or past_key_values is not None else None
         )
 
@@ -122,7 +133,7 @@ class FusedBackbone(nn.Module):
         counts = mask.sum(dim=1).tolist()
         present = [row for row, count in enumerate(counts) if count]
         batch.append(mask)
-        hidden = torch.zeros(rows, width, self.program.hidden)
+        hidden = torch.zeros(rows, width, self.program.lm_head.in_features)
         if not present:
             return hidden
         begins = torch.tensor([0, *(counts[row] for row in present)]).cumsum(0)
@@ -145,7 +156,7 @@ class FusedBackbone(nn.Module):
 
     def _why_not(self, mask: torch.Tensor | None, positions: torch.Tensor | None, rest: dict[str, Any]) -> str | None:
         """Return what a call asks for that the decoder does not compute."""
-        for name in ("output_hidden_states", "output_attentions"):
+        for name in _ASKED:
             asked = rest.get(name)
             if asked or (asked is None and getattr(self.config, name, False)):
                 return name
@@ -153,7 +164,7 @@ class FusedBackbone(nn.Module):
             return "a mask that is not of [batch, tokens]"
         if positions is not None and positions.dim() != 2:
             return "positions of more than one kind"
-        ignored = _HARMLESS | {"output_hidden_states", "output_attentions"}
+        ignored = _HARMLESS | set(_ASKED)
         odd = [name for name, value in rest.items() if name not in ignored and value is not None and value is not False]
         return odd[0] if odd else None
 

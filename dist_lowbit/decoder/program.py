@@ -12,7 +12,8 @@ A step takes rows of many sequences, packed one after the other without padding:
         q, k, v = qkv(a)                                    clipped to +-clip; q_norm, k_norm per head (or whole row)
         q, k = rope(q, k, position); k, v go to the cache as it stores them
         o = o_proj(attention(q, cache))                     summed over the ranks, then bias, then attn_post_norm
-        parallel:    x = x + o + mlp(mlp_norm(x))           mlp_norm None: the MLP reads a
+        parallel:    x = x + (o + mlp_post_norm(mlp(mlp_norm(x))))       mlp_norm None: the MLP reads a; two sums over
+                                                            the ranks, which one call may make
         sequential:  x = x + o; x = x + mlp_post_norm(mlp(mlp_norm(x)))
         norm_after:  x = attn_norm(x + o); x = mlp_norm(x + mlp(x))      (the norms stand after the sums)
         residual_normed: the residual of each sum is the normed input instead of x
@@ -105,7 +106,7 @@ class Moe:
     """Routed experts: softmax over all logits, the top_k largest (ties: lower index), renormalised or not.
 
     router: whole on every rank, fp32 compute. shared: an MLP that every token passes, times sigmoid(shared_gate) where
-    there is a gate. The weighted sum over experts is formed inside each segment, ascending expert index.
+    there is a gate: the last expert. The weighted sum is formed inside each segment, ascending expert index.
     """
 
     router: LowBitLinear

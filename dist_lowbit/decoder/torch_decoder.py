@@ -91,10 +91,11 @@ class TorchDecoder:
             return normed(self.steps, layer.mlp_norm, x + self._mlp(layer.mlp, x))
         a = normed(self.steps, layer.attn_norm, x)
         o = normed(self.steps, layer.attn_post_norm, self._attention(layer.attention, index, a, rows))
+        base = a if layer.residual_normed else x
         if layer.parallel:
             m = self._mlp(layer.mlp, a if layer.mlp_norm is None else normed(self.steps, layer.mlp_norm, x))
-            return x + (o + normed(self.steps, layer.mlp_post_norm, m))
-        x = (a if layer.residual_normed else x) + o
+            return base + (o + normed(self.steps, layer.mlp_post_norm, m))
+        x = base + o
         b = normed(self.steps, layer.mlp_norm, x)
         return (b if layer.residual_normed else x) + normed(self.steps, layer.mlp_post_norm, self._mlp(layer.mlp, b))
 

@@ -145,3 +145,16 @@ def greedy_texts(job: Job) -> Any:
                 chunks = [len(PROMPT)] + [1] * (len(text) - len(PROMPT))
                 result[f"{name} {executor}"] = run_alone(program, executor, text, chunks).argmax(-1).tolist()
     return result
+
+
+@torch.inference_mode()
+def generated(job: Job) -> Any:
+    """Generate with Hugging Face's generate from a padded batch, on the decoder; return the tokens."""
+    result: dict[str, list[list[int]]] = {}
+    ids = torch.tensor([PROMPT, [0] * (len(PROMPT) - len(SHORT)) + SHORT])
+    with init_group() as group:
+        for name in job.args["families"]:
+            model: Any = optimize_model(tiny_model(name), "fp16", group=group, compute="fp32")
+            options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
+            result[name] = model.generate(ids, attention_mask=(ids != 0).long(), **options).tolist()
+    return result
