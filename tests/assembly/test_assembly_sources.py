@@ -292,6 +292,7 @@ torch.save(model(torch.arange(3, 11).reshape(2, 4)).logits, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_saved_directory_runs_in_pure_torch_with_the_same_bits(made: Made, tmp_path: Path) -> None:
     source, expected = made("llama")
     convert(source, tmp_path / "saved", "sym_int8", tp=2)

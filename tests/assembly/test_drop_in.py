@@ -97,7 +97,11 @@ def plain_transformers(first: str, path: Path) -> subprocess.CompletedProcess[st
 
 @pytest.mark.parametrize(
     "first",
-    ["import dist_lowbit", "import transformers, dist_lowbit", "from dist_lowbit import init_group"],
+    [
+        "import dist_lowbit",
+        pytest.param("import transformers, dist_lowbit", marks=pytest.mark.slow),
+        pytest.param("from dist_lowbit import init_group", marks=pytest.mark.slow),
+    ],
 )
 def test_plain_transformers_knows_us_in_any_order(first: str, story, tmp_path: Path) -> None:
     optimize_model(story()).save_low_bit(tmp_path)

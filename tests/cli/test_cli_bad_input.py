@@ -159,7 +159,10 @@ def test_one_sentence(case: str, places: Places, cli: Cli) -> None:
 
 SETTINGS = {
     "BACKENDS": ("x", r"DIST_LOWBIT_BACKENDS is no setting; the settings are DIST_LOWBIT_ISA, "),
-    "BACKEND": ("carrier-pigeon", r"DIST_LOWBIT_BACKEND is 'carrier-pigeon'; expected auto, single, shm, gloo"),
+    "BACKEND": (
+        "carrier-pigeon",
+        r"DIST_LOWBIT_BACKEND is 'carrier-pigeon'; expected auto, single, shm, hierarchical, ccl, mpi, gloo",
+    ),
     "COMPUTE": ("int3", r"DIST_LOWBIT_COMPUTE is 'int3'; expected int8 or fp32"),
     "TIMEOUT": ("soon", r"DIST_LOWBIT_TIMEOUT is 'soon'; expected a number of seconds"),
     "LOG": ("loud", r"DIST_LOWBIT_LOG is 'loud'; expected one of"),

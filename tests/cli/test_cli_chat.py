@@ -52,6 +52,7 @@ def read_until(descriptor: int, text: str, limit: float = LIMIT) -> str:
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_at_a_terminal(checkpoint: Path, session: Session) -> None:
     first, second = expected(session, "Tell me of a cat", "And then?")
     terminal, inner = pty.openpty()

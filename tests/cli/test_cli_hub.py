@@ -106,6 +106,7 @@ with init_group(timeout=3.0) as group:
 """
 
 
+@pytest.mark.slow
 def test_one_rank_of_a_host_downloads_while_the_others_wait(hub: Path, tmp_path: Path) -> None:
     cache_as(hub, "org/sample", SAMPLE)
     script = tmp_path / "two.py"

@@ -23,7 +23,7 @@ def test_a_world_of_one_needs_nobody(backend: str) -> None:
 
 
 def test_an_unknown_backend_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="'nccl2' is no backend; expected auto, single, shm, gloo"):
+    with pytest.raises(UsageError, match="'nccl2' is no backend; expected auto, single, shm, hierarchical, ccl, mpi"):
         init_group("nccl2", PAIR)
 
 

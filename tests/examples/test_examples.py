@@ -112,6 +112,7 @@ def test_sampling_is_not_greedy() -> None:
     assert alone(*GREEDY) != alone(*SAMPLED)
 
 
+@pytest.mark.slow
 def test_save_from_two_ranks_and_load_on_one(tmp_path: Path) -> None:
     script = EXAMPLES / "save_and_load.py"
     saved = run(*STYLES["local"](), script, "--save", tmp_path / "story")
@@ -122,6 +123,7 @@ def test_save_from_two_ranks_and_load_on_one(tmp_path: Path) -> None:
     assert saved.split(",")[1] == loaded.split(",")[1]
 
 
+@pytest.mark.slow
 def test_any_module() -> None:
     said = run(sys.executable, EXAMPLES / "optimize_any_module.py")
     assert float(said.split()[2]) > 0.99
