@@ -86,7 +86,7 @@ def kernels_on(isa: str | None, threads: int) -> Iterator[ThreadPlan]:
 
 
 class MemoryReader:
-    """Measures how fast the pool's threads read memory, with the widest loads that the library has.
+    """Measures how fast the pool's threads read memory, with AVX2 loads (plain ones on processors without).
 
     Holds 1 GiB, or several times the caches where they are that large. `size` is for tests.
     """

@@ -43,6 +43,11 @@ def _why_not_int4(n: int, k: int, group: int) -> str | None:
     return None if n % 16 == 0 else f"it takes N in multiples of 16, not {n}"
 
 
+def _why_not_int8(k: int) -> str | None:
+    # With another K it reads beyond its weight (torch 2.13).
+    return None if k % 8 == 0 else f"it takes K in multiples of 8, not {k}"
+
+
 class Peers:
     """The weights of one shape in each of torch's forms.
 
@@ -77,8 +82,8 @@ class Peers:
                 lambda x, w: torch.nn.functional.linear(x, w[0]),
             ),
         }
-        why = _why_not_int4(n, k, group_size)
-        self.left_out = {} if why is None else {"torch.int4pack": why}
+        why = {"torch.int4pack": _why_not_int4(n, k, group_size), "torch.int8pack": _why_not_int8(k)}
+        self.left_out = {name: reason for name, reason in why.items() if reason is not None}
         self.rows = {name: row for name, row in rows.items() if name not in self.left_out}
         self.weights: dict[str, list[list[torch.Tensor]]] = {}
         self.bytes: dict[str, int] = {}

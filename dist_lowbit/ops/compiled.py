@@ -80,6 +80,8 @@ class Compiled:
             return native_why_not()
         if spec.device != "cpu":
             return f"it runs on the CPU, not on {spec.device}"
+        if spec.compute not in ("int8", "fp32"):
+            return f"compute is {spec.compute!r}; expected int8 or fp32"
         c_spec = _c_spec(spec)
         why = lib.dlb_linear_why_not(ctypes.byref(c_spec))
         return None if why is None else why.decode()

@@ -23,7 +23,7 @@ from .elementwise import (
     KIND_RMS_NORM,
     activation_number,
 )
-from .library import CExpert, CLinearOut, CLinearTerm, CMoeIn, CRowsIn, CRowsOut, library
+from .library import CExpert, CLinearOut, CLinearSpec, CLinearTerm, CMoeIn, CRowsIn, CRowsOut, library
 from .reference import Segments, segment_tree
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum dlb_float
@@ -121,6 +121,15 @@ def _empty(m: int, n: int, finish: Finish) -> torch.Tensor:
     return torch.empty(m, n, dtype=finish.dtype)
 
 
+def _fits(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """Return a prepacked weight that has n outputs; the library writes as many as it has."""
+    found = CLinearSpec()
+    _check(_native().dlb_linear_spec_of(packed.data_ptr(), packed.numel(), ctypes.byref(found)), "a packed weight")
+    if found.n != n:
+        raise UsageError(f"a product of {n} outputs was asked for; the weight has {found.n}")
+    return packed
+
+
 def linear_fused(rows: Rows, products: Sequence[tuple[torch.Tensor, int, Finish]]) -> list[torch.Tensor]:
     """Return rows W^T, finished, for each of up to 16 products (prepacked weight, N, Finish): q, k and v as one call.
 
@@ -128,7 +137,8 @@ def linear_fused(rows: Rows, products: Sequence[tuple[torch.Tensor, int, Finish]
     """
     results = [_empty(rows.x.shape[0], n, finish) for _, n, finish in products]
     items = (CLinearOut * len(products))()
-    for item, (packed, _, finish), y in zip(items, products, results, strict=True):
+    for item, (packed, n, finish), y in zip(items, products, results, strict=True):
+        _fits(packed, n)
         item.packed, item.bytes, item.out = packed.data_ptr(), packed.numel(), _c_out(y, finish)
     _check(_native().dlb_linear_fused(ctypes.byref(_c_rows(rows)), items, len(products)), "linear_fused")
     return results
@@ -143,7 +153,7 @@ def linear_sum(terms: Sequence[tuple[Rows, torch.Tensor]], n: int, finish: Finis
     y = _empty(terms[0][0].x.shape[0], n, finish)
     items = (CLinearTerm * len(terms))()
     for item, (rows, packed) in zip(items, terms, strict=True):
-        item.rows, item.packed, item.bytes = _c_rows(rows), packed.data_ptr(), packed.numel()
+        item.rows, item.packed, item.bytes = _c_rows(rows), _fits(packed, n).data_ptr(), packed.numel()
     _check(_native().dlb_linear_sum(items, len(terms), ctypes.byref(_c_out(y, finish))), "linear_sum")
     return y
 
@@ -197,6 +207,8 @@ def moe(
             f"moe got ids {ids.dtype} {tuple(ids.shape)} and weights {tuple(weights.shape)} for {m} rows; "
             "expected int32 [M, slots] and float32 of that shape"
         )
+    for expert in experts:
+        _fits(expert.down, n)
     y, chosen, factors = _empty(m, n, finish), ids.contiguous(), weights.float().contiguous()
     table = (CExpert * len(experts))(*map(_c_expert, experts))
     given = CMoeIn(x=_pointer(x), x_stride=x.stride(0), m=m, k=k, experts=table, expert_count=len(experts))

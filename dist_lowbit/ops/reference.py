@@ -141,6 +141,8 @@ class Reference:
 
     def why_not(self, spec: LinearSpec) -> str | None:
         """Return None: the definition takes every spec with well-formed segments."""
+        if spec.compute not in ("int8", "fp32"):
+            return f"compute is {spec.compute!r}; expected int8 or fp32"
         cuts, inner = spec.cuts, [cut for cut in spec.cuts if cut != spec.k]
         if len(cuts) != SEGMENTS + 1 or cuts[0] != 0 or cuts[-1] != spec.k or list(cuts) != sorted(cuts):
             return f"the segment ends {cuts} do not run from 0 to K = {spec.k}"

@@ -68,7 +68,7 @@ static inline int64_t offset_bytes(const dlb_linear_spec& s) {
 static inline LinearView view_of(const dlb_linear_spec& s, const void* packed) {
     LinearView v;
     memset(&v, 0, sizeof v);
-    v.panels = static_cast<const uint8_t*>(packed) + kHeaderBytes;
+    v.panels = packed == nullptr ? nullptr : static_cast<const uint8_t*>(packed) + kHeaderBytes;
     v.n = s.n;
     v.k = s.k;
     v.block = block_of(s);

@@ -184,7 +184,7 @@ DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, in
 DLB_API uint64_t dlb_read_all(const void* data, int64_t bytes) {
     const dlb::KernelTable& table = dlb::active_table();
     const uint8_t* first = static_cast<const uint8_t*>(data);
-    constexpr int64_t kPiece = 1 << 20;
+    constexpr int64_t kPiece = 128 << 10;  // so that no thread is left waiting for another's last piece
     uint64_t total = 0;
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {

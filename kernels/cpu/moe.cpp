@@ -145,7 +145,7 @@ class Moe {
             a->count = count;
             const int status = open_expert(in_.experts[e], a);
             if (status != DLB_OK) return status;
-            if (need_.blocks == kDlbMaxProducts - 1) return DLB_BAD_SPEC;
+            if (need_.blocks >= kDlbMaxProducts - 1) return DLB_BAD_SPEC;  // the next expert may need two more
             gathers_ |= !consecutive(*a);
         }
         return DLB_OK;
@@ -298,8 +298,14 @@ int why_not(const dlb_moe_in& in, const dlb_rows_out& out) {
     if (in.activation < DLB_ACT_NONE || in.activation >= DLB_ACTIVATIONS) return DLB_BAD_SPEC;
     if (in.m < 0 || in.k < 0 || in.slots < 0) return DLB_BAD_SHAPE;
     if (in.expert_count < 1 || in.experts == nullptr) return DLB_BAD_SPEC;
-    for (int64_t i = 0; i < in.m * in.slots; ++i)
-        if (in.ids[i] < -1 || in.ids[i] >= in.expert_count) return DLB_BAD_SPEC;
+    for (int64_t row = 0; row < in.m; ++row) {
+        const int32_t* ids = in.ids + row * in.slots;
+        for (int64_t i = 0; i < in.slots; ++i) {
+            if (ids[i] < -1 || ids[i] >= in.expert_count) return DLB_BAD_SPEC;
+            for (int64_t j = 0; j < i; ++j)
+                if (ids[i] >= 0 && ids[i] == ids[j]) return DLB_BAD_SPEC;  // an expert counts once in a row
+        }
+    }
     return out_why_not(out);
 }
 

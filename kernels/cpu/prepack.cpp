@@ -12,6 +12,7 @@ const char* codec_why_not(const dlb_linear_spec& s) {
     if (s.codec == DLB_ELEMENT) {
         if (s.element < 0 || s.element >= DLB_ELEMENTS) return "the kind of element is unknown";
         if (s.offset != DLB_OFFSET_NONE) return "elements have no offset";
+        if (s.scale == DLB_SCALE_NONE && s.element < DLB_FP16) return "elements of 8 bits need scales";
         return s.scale == DLB_SCALE_NONE && s.group_size != -1 ? "there are groups but no scales" : nullptr;
     }
     if (s.codec != DLB_AFFINE && s.codec != DLB_TABLE) return "the codec is unknown";
@@ -30,6 +31,7 @@ const char* why_not(const dlb_linear_spec& s) {
     if (s.offset < DLB_OFFSET_NONE || s.offset > DLB_OFFSET_ZERO_POINT) return "the kind of offset is unknown";
     if (s.scale < DLB_SCALE_FP16 || s.scale > DLB_SCALE_NONE) return "scales are neither fp16 nor fp32";
     if (s.n < 0 || s.k < 0) return "a dimension is negative";
+    if (s.n > INT32_MAX || s.k > INT32_MAX) return "a dimension is above 2^31 - 1";
     if (s.group_size != -1 && (s.group_size < kChunk || s.group_size % kChunk != 0))
         return "the group size is no multiple of 32";
     if (s.group_size > kMaxBlock) return "the group size is above 32768, where int32 dot products may overflow";

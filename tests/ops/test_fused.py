@@ -177,6 +177,16 @@ def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:
         fused.moe(x, experts, ids, factors, "silu", 20, finish)
     with pytest.raises(KernelError, match="out of its range"):
         fused.moe(x, experts, ids + 1, factors, "silu", 20, finish)
+    twice = torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(KernelError, match="out of its range"):
+        fused.moe(x, experts, twice, torch.ones(2, 2), "silu", 20, finish)
+    for call in (
+        lambda: fused.linear_fused(Rows(x), [(packed, 1, finish)]),
+        lambda: fused.linear_sum([(Rows(x), packed)], 1, finish),
+        lambda: fused.moe(x, experts, ids, factors, "silu", 1, finish),
+    ):
+        with pytest.raises(UsageError, match="a product of 1 outputs was asked for; the weight has 20"):
+            call()
     with pytest.raises(UsageError, match="expected int32"):
         fused.moe(x, experts, ids.long(), factors, "silu", 20, finish)
     with pytest.raises(KernelError, match="no prepacked weight"):
@@ -191,6 +201,24 @@ def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:
         fused.rows_apply(Rows(x, "rms", activation="silu"), finish)
     with pytest.raises(UsageError, match=r"results of torch\.float64"):
         fused.rows_apply(Rows(x), replace(finish, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("count", [7, 8, 9, 12])
+def test_experts_of_many_group_sizes_are_taken_or_refused(count: int, generator: torch.Generator) -> None:
+    """Rows are rounded once for each group size; more of them than there is room for are refused, not written."""
+    k = 64
+    experts = []
+    for i in range(count):
+        gate, up = (quantize(torch.randn(32, k, generator=generator), "sym_int4", 32 * (2 * i + j)) for j in (1, 2))
+        down = quantize(torch.randn(k, 32, generator=generator), "sym_int4", 32)
+        experts.append(Expert(pack(gate), pack(down), pack(up)))
+    x, ids = torch.randn(1, k, generator=generator), torch.arange(count, dtype=torch.int32)[None]
+    weights = torch.ones(1, count)
+    if count <= 7:
+        assert torch.isfinite(fused.moe(x, experts, ids, weights, "silu", k, Finish())).all()
+    else:
+        with pytest.raises(KernelError, match="out of its range"):
+            fused.moe(x, experts, ids, weights, "silu", k, Finish())
 
 
 @pytest.mark.parametrize("k", [33, 200])

@@ -14,6 +14,7 @@ import torch
 from dist_lowbit import ops
 from dist_lowbit.core.errors import KernelError
 from dist_lowbit.formats import quantize
+from dist_lowbit.ops.compiled import _c_spec
 
 
 def spec(format: str = "sym_int4", **changes: object) -> ops.LinearSpec:
@@ -24,7 +25,7 @@ def spec(format: str = "sym_int4", **changes: object) -> ops.LinearSpec:
     ("changes", "reason"),
     [
         ({"device": "cuda"}, "runs on the CPU"),
-        ({"compute": "int4"}, "arithmetic is unknown"),
+        ({"compute": "int4"}, "compute is 'int4'; expected int8 or fp32"),
         ({"cuts": (0, 1, 1, 1, 1, 1, 1, 1, 128)}, "within a summation block"),
         ({"group_size": 1 << 16}, "32768"),
     ],
@@ -33,6 +34,31 @@ def test_the_compiled_kernel_says_why_not(changes: dict[str, object], reason: st
     why = ops.kernel("cpu").why_not(spec(**changes))
     assert why is not None
     assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"codec": 2, "element": 1, "scale": 2, "group_size": -1}, "elements of 8 bits need scales"),
+        ({"n": 1 << 60}, "above 2^31 - 1"),
+        ({"k": 1 << 31}, "above 2^31 - 1"),
+    ],
+)
+def test_the_library_refuses_what_its_arithmetic_does_not_cover(
+    fields: dict[str, int], reason: str, library: ctypes.CDLL
+) -> None:
+    c_spec = _c_spec(spec())
+    for name, value in fields.items():
+        setattr(c_spec, name, value)
+    c_spec.cuts[:] = [0] * 8 + [c_spec.k]
+    assert reason in library.dlb_linear_why_not(ctypes.byref(c_spec)).decode()
+    assert library.dlb_linear_packed_bytes(ctypes.byref(c_spec)) < 0
+
+
+def test_an_unknown_arithmetic_is_refused_by_all(library: ctypes.CDLL) -> None:
+    for form in ("sym_int4", "bf16"):
+        with pytest.raises(KernelError, match="reference: compute is 'int3'"):
+            ops.choose(spec(form, compute="int3"))
 
 
 def test_refusals_of_all_kernels_are_listed(library: ctypes.CDLL) -> None:

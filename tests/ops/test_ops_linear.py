@@ -50,6 +50,28 @@ def isa_names() -> list[str]:
     return [name for name, supported, _ in ops.isas() if supported]
 
 
+@pytest.mark.parametrize("format", ["sym_int4", "asym_int5", "nf3", "fp8_e4m3", "bf16"])
+def test_threads_that_share_a_product_change_no_bit(
+    format: str, library: ctypes.CDLL, generator: torch.Generator
+) -> None:
+    """One large enough to be cut into several tasks, on every ISA."""
+    n, k = 600, 1056
+    x = activations(24, k, generator)
+    weight = quantize(torch.randn(n, k, generator=generator), format)
+    spec = ops.LinearSpec.of(weight)
+    kernel = ops.choose(spec)
+    opaque = kernel.prepack(weight, spec)
+    assert opaque.numel() > 2 * (128 << 10)  # linear.cpp hands out weights in pieces of this size
+    for isa in isa_names():
+        ops.select_isa(isa)
+        for m in (1, 24):
+            found = []
+            for threads in (1, 2, 3):
+                start_pool(library, ThreadPlan(threads, ()))
+                found.append(run(kernel, x[:m], opaque, n))
+            assert all(torch.equal(one, found[0]) for one in found), f"{isa}, M={m}"
+
+
 @pytest.mark.parametrize("format", CODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_reference_for_every_isa_thread_and_m(
