@@ -88,12 +88,16 @@ class Watch:
 
         `number` counts the calls of the group; `waited` is in seconds.
         """
-        ranks = [peer.rank for peer in self._peers if peer.rank != self._rank] if awaited is None else list(awaited)
+        everyone = [peer.rank for peer in self._peers if peer.rank != self._rank]
+        ranks = everyone if awaited is None else list(awaited)
         now = monotonic()
-        for rank, error in self._gone(ranks):
+        gone = self._gone(everyone)
+        for rank, error in gone:
             since, _ = self._suspects.setdefault(rank, (now, error))
-            if now - since >= GRACE:
-                raise error
+            if rank in ranks and now - since >= GRACE:
+                # One that went before may be why this one did; a group that was closed is nobody's fault.
+                causes = [self._suspects[other] for other, _ in gone if other == rank or other not in self.notes.left]
+                raise min(causes, key=lambda suspect: suspect[0])[1]
         for rank, note in list(self.notes.left.items()):
             if note["rank"] is not None:
                 raise CommError(f"{self._peers[rank]} has left the group: {note['message']}", note["rank"])
