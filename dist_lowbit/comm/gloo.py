@@ -29,6 +29,11 @@ from .single import SingleGroup
 NOTE_TIMEOUT = 2.0  # seconds for a last word over the store, whose host may be gone
 
 
+# Seconds that rank 0, in whose process the store lives, stays after it gave up because of another: the others, who wait
+# for rank 0 perhaps, then find that one dead and not rank 0, or read the note.
+LINGER = 0.5
+
+
 class GlooGroup(MessageGroup):
     """Ranks over gloo. An interrupt (Ctrl-C) is seen only when the current wait ends."""
 
@@ -112,6 +117,10 @@ class GlooGroup(MessageGroup):
         while True:
             ended = [other for other, descriptor in self._pidfds.items() if has_ended(descriptor)]
             if ended:
+                # One that has ended after it gave up because of another said so.
+                last = self._note_of(rank) if rank in ended and len(ended) > 1 and not silent else None
+                if last is not None and last["rank"] is not None:
+                    return CommError(f"{peer} has left the group: {last['message']}", last["rank"])
                 peer = peer if rank in ended else self.peers[ended[0]]
                 return CommError(f"{peer} has died; {self._me} waited for it in {call}", peer.rank)
             note = None if silent else self._note_of(rank)
@@ -154,6 +163,8 @@ class GlooGroup(MessageGroup):
         finally:
             self._messages.set_timeout(patience)
         self._gloo.abort()
+        if self.rank == 0 and self._culprit not in (None, 0):
+            sleep(LINGER)
 
     def close(self) -> None:
         if not self._closed():
