@@ -17,10 +17,10 @@ from torch import nn
 
 from dist_lowbit.assembly.mode import mode_here
 from dist_lowbit.assembly.optimize import optimize as _optimize
-from dist_lowbit.assembly.weights import cast_name
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.log import logger
+from dist_lowbit.formats import cast_name
 from dist_lowbit.quantize import Recipe
 
 __all__ = ["optimize", "optimize_transformers"]

@@ -23,11 +23,10 @@ from dist_lowbit.assembly.ranks import join_ranks
 from dist_lowbit.assembly.skeleton import empty_model, read_config
 from dist_lowbit.assembly.source import from_source
 from dist_lowbit.assembly.together import together
-from dist_lowbit.assembly.weights import cast_name
 from dist_lowbit.checkpoint import is_checkpoint
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
-from dist_lowbit.formats import lookup
+from dist_lowbit.formats import cast_name, lookup
 from dist_lowbit.quantize import Recipe
 
 register()

@@ -10,7 +10,7 @@ import torch
 from dist_lowbit.checkpoint import FileRecord, TensorSource, commit, discard, shard_names
 from dist_lowbit.comm import SingleGroup
 from dist_lowbit.core.errors import CheckpointError
-from dist_lowbit.formats import lookup
+from dist_lowbit.formats import cast_name, lookup
 from dist_lowbit.formats.packed import summation_block
 from dist_lowbit.parallel.split import whole
 from dist_lowbit.quantize import Recipe
@@ -22,7 +22,7 @@ from .paths import check_conversion
 from .save import Item, Piece, first_weight, metadata_of, tensor_item, weight_item, write_items
 from .skeleton import class_of, empty_model, read_config
 from .source import missing, source_target, source_weights
-from .weights import SourceWeights, cast_name
+from .weights import SourceWeights
 
 
 def convert(source_dir: Path, directory: Path, recipe: Recipe, tp: int, *, trust_remote_code: bool = False) -> None:

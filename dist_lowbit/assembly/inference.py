@@ -13,6 +13,7 @@ from torch import nn
 from dist_lowbit.checkpoint import TensorSource, is_checkpoint
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import UsageError
+from dist_lowbit.formats import cast_name
 from dist_lowbit.quantize import Recipe
 
 from .attach import attach
@@ -25,7 +26,6 @@ from .ranks import join_ranks
 from .save import save_low_bit
 from .source import missing, source_target, source_weights
 from .together import together
-from .weights import cast_name
 
 
 class InferenceEngine(nn.Module):

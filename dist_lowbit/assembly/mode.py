@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from dist_lowbit.core.errors import UsageError
-from dist_lowbit.core.settings import CHOICES, settings
-
-_CACHE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+from dist_lowbit.core.settings import CHOICES, check_choice, settings
+from dist_lowbit.formats import cast_name
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,8 @@ class Mode:
     kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise UsageError(f"{name} is {value!r}; expected {', '.join(choices[:-1])} or {choices[-1]}")
+        for name in CHOICES:
+            check_choice(name, name, getattr(self, name))
 
     @property
     def optimize_llm(self) -> bool:
@@ -41,7 +39,7 @@ class Mode:
     @property
     def cache_name(self) -> str:
         """Return the dtype of the cache by name."""
-        return _CACHE_NAMES[self.dtype] if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        return cast_name(self.dtype) if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
 
 def as_dtype(value: Any) -> torch.dtype:

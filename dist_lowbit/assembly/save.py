@@ -13,7 +13,7 @@ from torch import nn
 from dist_lowbit.checkpoint import FileRecord, ShardWriter, TensorEntry, WeightEntry, commit, discard, shard_names
 from dist_lowbit.core.errors import CheckpointError, DistLowbitError, UsageError
 from dist_lowbit.core.settings import settings
-from dist_lowbit.formats import Format, PackedWeight, lookup
+from dist_lowbit.formats import Format, PackedWeight, cast_name, lookup
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split, owned_ranges
 from dist_lowbit.parallel.experts import ExpertStack
 from dist_lowbit.parallel.units import Range
@@ -21,7 +21,6 @@ from dist_lowbit.parallel.units import Range
 from .build import LowBitState, other_tensors, state_of
 from .hf_files import check_target, write_hf_files
 from .progress import track
-from .weights import cast_name
 
 Piece = Callable[[int, int], PackedWeight]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_lowbit.checkpoint import CheckpointReader, TensorSource
 from dist_lowbit.core.errors import CheckpointError
-from dist_lowbit.formats import Format, PackedWeight, dequantize, lookup
+from dist_lowbit.formats import Format, PackedWeight, cast_name, dequantize, lookup
 from dist_lowbit.formats.packed import merge
 from dist_lowbit.parallel import Split
 from dist_lowbit.quantize import rtn
@@ -99,14 +99,6 @@ def cut_rows(tensor: torch.Tensor, split: Split | None, rank: int) -> torch.Tens
     if split is None or split.axis != 0 or split.tp == 1:
         return tensor
     return torch.cat([tensor[start:stop] for start, stop in split.ranges[rank]])
-
-
-_CASTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def cast_name(dtype: torch.dtype | None) -> str:
-    """Return the format that stores values of a dtype as they are (fp32 for wider or stranger ones)."""
-    return _CASTS.get(dtype, "fp32") if dtype is not None else "fp32"
 
 
 class ModelWeights:

@@ -38,6 +38,13 @@ class Settings:
     library: str = ""  # path of the compiled kernels, instead of the installed one; "none" for pure torch
 
 
+def check_choice(name: str, called: str, value: object) -> None:
+    """Raise UsageError if `value` is none of CHOICES[name]; the sentence calls it `called`."""
+    choices = CHOICES[name]
+    if value not in choices:
+        raise UsageError(f"{called} is {value!r}; expected {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 def parse(environ: Mapping[str, str]) -> Settings:
     """Return the settings in `environ`; an unknown name with our prefix or a bad value is a UsageError.
 
@@ -65,9 +72,7 @@ def parse(environ: Mapping[str, str]) -> Settings:
         else:
             values[name] = text
     for name, choices in CHOICES.items():
-        if (value := values.get(name, choices[0])) not in choices:
-            expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
-            raise UsageError(f"{PREFIX}{name.upper()} is {value!r}; expected {expected}")
+        check_choice(name, PREFIX + name.upper(), values.get(name, choices[0]))
     return Settings(**values)  # type: ignore[arg-type]
 
 

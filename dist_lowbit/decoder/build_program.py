@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import PlanError
-from dist_lowbit.formats import quantize
+from dist_lowbit.formats import cast_name, quantize
 from dist_lowbit.formats.packed import BLOCK
 from dist_lowbit.models import Family, ModelDims, dims_of, lookup, setting
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Plan
@@ -34,7 +34,6 @@ _ACTIVATIONS = {
     "relu": "relu",
     "quick_gelu": "quick_gelu",
 }
-_CASTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def build_program(model: nn.Module, family: Family, plan: Plan, group: Group) -> Program:
@@ -121,7 +120,7 @@ class _Builder:
         if not isinstance(weight, torch.Tensor):
             raise PlanError(f"{name} is {type(module).__name__}; the decoder expects a Linear there")
         matrix = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
-        form = "fp32" if whole_in_fp32 else _CASTS.get(matrix.dtype, "fp32")
+        form = "fp32" if whole_in_fp32 else cast_name(matrix.dtype)
         split = whole((int(matrix.shape[0]), int(matrix.shape[1])), BLOCK, self.plan.tp)
         bias = getattr(module, "bias", None)
         compute = "fp32" if whole_in_fp32 else "int8"

@@ -2,6 +2,6 @@
 
 from .packed import PackedWeight, Part, merge
 from .quantizer import dequantize, quantize
-from .table import FORMATS, Format, lookup
+from .table import FORMATS, Format, cast_name, lookup
 
-__all__ = ["FORMATS", "Format", "PackedWeight", "Part", "dequantize", "lookup", "merge", "quantize"]
+__all__ = ["FORMATS", "Format", "PackedWeight", "Part", "cast_name", "dequantize", "lookup", "merge", "quantize"]

@@ -138,6 +138,11 @@ def lookup(name: str) -> Format:
     return row
 
 
+def cast_name(dtype: torch.dtype | None) -> str:
+    """Return the format that stores values of a dtype as they are (fp32 for wider or stranger ones)."""
+    return next((row.name for row in _ROWS if row.dtype is not None and row.dtype == dtype), "fp32")
+
+
 def check_group_size(row: Format, group_size: int | None) -> int:
     """Return the group size to use: the row's own for None; else a multiple of 32, or -1 for one per row."""
     if not row.grouped:
