@@ -1,4 +1,4 @@
-"""The library as it is shipped, driven by kernels/cpu/tests/guarded.cpp: every buffer against a forbidden page.
+"""The library as it is shipped, driven by kernels/cpu/tests: every buffer against a forbidden page.
 
 `make sanitize` runs the same driver on kernels built with sanitizers.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "kernels" / "cpu" / "tests" / "guarded.cpp"
+SOURCES = sorted((Path(__file__).parents[2] / "kernels" / "cpu" / "tests").glob("*.cpp"))
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def driver(library: ctypes.CDLL, tmp_path: Path) -> Path:
     """The driver, linked to the library under test."""
     shared = Path(library._name).resolve()
     program = tmp_path / "guarded"
-    command = ["c++", "-std=c++17", "-O1", str(SOURCE), str(shared), f"-Wl,-rpath,{shared.parent}", "-o", str(program)]
+    command = ["c++", "-std=c++17", "-O1", *SOURCES, shared, f"-Wl,-rpath,{shared.parent}", "-o", program]
     subprocess.run(command, check=True, timeout=100)
     return program
 

@@ -1,175 +1,30 @@
-// Drives the compiled kernels over ragged shapes with every buffer against a page that may not be touched, first the
-// page after it and then the page before it, and compares what the instruction sets compute. Built with sanitizers by
-// `make sanitize`, it needs no Python. Exit status 0: nothing was touched that is not ours, and all agree.
-// With --brief a hundredth of it, for a processor that is emulated whole.
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
+// Drives the compiled kernels with every buffer against a page that may not be touched, first the page after it and
+// then the page before it, and compares what the instruction sets compute, bit by bit:
+//   here               products of one weight (every codec, width, offset and compute), attention, elementwise steps,
+//   the
+//                      sums of ranks
+//   guarded_fused.cpp  several products of rows that are normed or activated on the way in and biased, added and cast
+//   on
+//                      the way out; stacked experts; routing
+//   guarded_decoder.cpp  whole decoders: prefills in slices, chunks and single tokens, every type of cache
+// over ragged shapes, on every ISA that the processor has. Built with sanitizers by `make sanitize`; needs no Python.
+// Exit status 0: nothing was touched that is not ours, and all agree. With --brief a hundredth of it, for a processor
+// that is emulated whole.
+#include "guarded.h"
 
-#include <cmath>
-#include <vector>
-
-#include "../api.h"
 #include "../attention.h"
 #include "../elementwise.h"
 #include "../fused.h"
 #include "../shm.h"
 
+namespace guarded {
 namespace {
 
-int failures = 0;
-long calls = 0;
-bool brief = false;
-bool at_end = true;  // whether buffers end at a forbidden page, or begin after one
-
-// `count` numbers between two forbidden pages, touching one of them.
-template <class T>
-class Guarded {
-  public:
-    explicit Guarded(int64_t count) : size_(static_cast<size_t>(count)) {
-        const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), bytes = size_ * sizeof(T);
-        const size_t room = (bytes + page - 1) / page * page;
-        total_ = room + 2 * page;
-        base_ = static_cast<char*>(mmap(nullptr, total_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        if (base_ == MAP_FAILED || (room > 0 && mprotect(base_ + page, room, PROT_READ | PROT_WRITE) != 0)) abort();
-        data_ = reinterpret_cast<T*>(base_ + page + (at_end ? room - bytes : 0));
-    }
-    ~Guarded() { munmap(base_, total_); }
-    Guarded(const Guarded&) = delete;
-    Guarded& operator=(const Guarded&) = delete;
-
-    T* data() { return data_; }
-    size_t size() const { return size_; }
-    T& operator[](size_t i) { return data_[i]; }
-
-  private:
-    size_t size_, total_;
-    char* base_;
-    T* data_;
-};
-
-uint64_t random_state = 0x9e3779b97f4a7c15;
-
-uint32_t random_bits() {
-    random_state = random_state * 6364136223846793005ULL + 1442695040888963407ULL;
-    return static_cast<uint32_t>(random_state >> 33);
-}
-
-float random_float() { return static_cast<float>(static_cast<int>(random_bits() & 0xffff) - 32768) / 16384.0f; }
-
-template <class T>
-void fill_bytes(Guarded<T>& buffer, uint32_t mask) {
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(buffer.data());
-    for (size_t i = 0; i < buffer.size() * sizeof(T); ++i) bytes[i] = static_cast<uint8_t>(random_bits() & mask);
-}
-
-void fill_floats(Guarded<float>& buffer) {
-    for (size_t i = 0; i < buffer.size(); ++i) buffer[i] = random_float();
-}
-
-void check(bool good, const char* what, const char* isa, int64_t a, int64_t b, int64_t c) {
-    ++calls;
-    if (good) return;
-    ++failures;
-    fprintf(stderr, "%s on %s: wrong at (%ld, %ld, %ld)\n", what, isa, static_cast<long>(a), static_cast<long>(b),
-            static_cast<long>(c));
-}
-
-std::vector<int> instruction_sets() {
-    std::vector<int> found;
-    for (int i = 0; i < dlb_isa_count(); ++i)
-        if (dlb_isa_supported(i)) found.push_back(i);
-    return found;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Segments as floor(i U / 8) of the U blocks, or, `upper`, the four upper ones alone.
-void cut(dlb_linear_spec& spec, bool upper) {
-    const int64_t block = spec.group_size == -1 ? 64 : spec.group_size, units = ceil_div(spec.k, block);
-    for (int i = 0; i <= 8; ++i) {
-        const int64_t unit = upper ? (i < 4 ? 0 : (i - 4) * units / 4) : i * units / 8;
-        spec.cuts[i] = unit * block < spec.k ? unit * block : spec.k;
-    }
-}
-
-struct Code {
-    int codec, bits, offset, element, compute;
-};
-
-constexpr int kPlaneBits[9][2] = {{0, 0}, {1, 0}, {2, 0}, {2, 1}, {4, 0}, {4, 1}, {4, 2}, {0, 0}, {8, 0}};
-
-dlb_linear_spec spec_of(const Code& code, int64_t n, int64_t k, int64_t group, int scale, bool upper) {
-    dlb_linear_spec spec;
-    memset(&spec, 0, sizeof spec);
-    spec.n = n;
-    spec.k = k;
-    spec.group_size = group;
-    spec.codec = code.codec;
-    spec.bits = code.bits;
-    spec.offset = code.offset;
-    spec.element = code.element;
-    spec.compute = code.compute;
-    spec.center = code.codec == DLB_AFFINE && code.offset == DLB_OFFSET_NONE ? 1 << (code.bits - 1) : 0;
-    spec.scale = scale;
-    spec.multiplier = 1.0f / 127;
-    for (int i = 0; i < 16; ++i) {
-        spec.table[i] = static_cast<int8_t>(16 * i - 113);
-        spec.values[i] = static_cast<float>(spec.table[i]) / 127;
-    }
-    cut(spec, upper);
-    return spec;
-}
-
-struct Weight {
-    Guarded<uint8_t> low, high, scale, offset;
-
-    Weight(int64_t low_bytes, int64_t high_bytes, int64_t scale_bytes, int64_t offset_bytes)
-        : low(low_bytes), high(high_bytes), scale(scale_bytes), offset(offset_bytes) {}
-
-    dlb_linear_parts parts() {
-        dlb_linear_parts p;
-        memset(&p, 0, sizeof p);
-        p.planes[0] = low.data();
-        p.planes[1] = high.size() > 0 ? high.data() : nullptr;
-        p.scale = scale.size() > 0 ? scale.data() : nullptr;
-        p.offset = offset.size() > 0 ? offset.data() : nullptr;
-        return p;
-    }
-};
-
-void fill_scales(Guarded<uint8_t>& buffer, int scale) {
-    // fp16 0x2c00 .. 0x2fff and fp32 0x3c800000 .. : positive and neither huge nor subnormal.
-    const size_t step = scale == DLB_SCALE_FP16 ? 2 : 4;
-    for (size_t i = 0; i + step <= buffer.size(); i += step) {
-        const uint32_t bits =
-            scale == DLB_SCALE_FP16 ? 0x2c00 + (random_bits() & 0x3ff) : 0x3c800000 + random_bits() % 9999;
-        memcpy(buffer.data() + i, &bits, step);
-    }
-}
-
 void linear(const Code& code, int64_t n, int64_t k, int64_t group, bool upper) {
-    const bool element = code.codec == DLB_ELEMENT, plain = element && code.element >= DLB_FP16;
-    const int scale = plain ? DLB_SCALE_NONE : code.bits % 2 == 1 ? DLB_SCALE_FP32 : DLB_SCALE_FP16;
-    const dlb_linear_spec spec = spec_of(code, n, k, plain ? -1 : group, scale, upper);
-    const int64_t groups = plain ? 0 : group == -1 ? 1 : ceil_div(k, group), size = scale == DLB_SCALE_FP32 ? 4 : 2;
-    const int64_t width = code.element == DLB_FP32 ? 4 : plain ? 2 : 1;
-    const int64_t low = element ? n * k * width : n * ceil_div(k * kPlaneBits[code.bits][0], 8);
-    const int64_t high = element ? 0 : n * ceil_div(k * kPlaneBits[code.bits][1], 8);
-    const int64_t offset = code.offset == DLB_OFFSET_NONE ? 0 : code.offset == DLB_OFFSET_MIN ? size : 1;
-    Weight weight(low, high, n * groups * size, n * groups * offset),
-        back(low, high, n * groups * size, n * groups * offset);
-    fill_bytes(weight.low, plain ? 0x3b : element ? 0x37 : 0xff);  // finite elements
-    fill_bytes(weight.high, 0xff);
-    fill_scales(weight.scale, scale);
-    if (code.offset == DLB_OFFSET_MIN)
-        fill_scales(weight.offset, scale);
-    else
-        fill_bytes(weight.offset, (1u << code.bits) - 1);
-
-    const dlb_linear_parts parts = weight.parts(), parts_back = back.parts();
+    const Random random = random_weight(code, n, k, group, upper);
+    const std::unique_ptr<Weight> back = random.room();
+    const dlb_linear_spec& spec = random.spec;
+    const dlb_linear_parts parts = random.weight->parts(), parts_back = back->parts();
     const char* why = dlb_linear_why_not(&spec);
     check(why == nullptr, why == nullptr ? "spec" : why, "any", code.codec, code.bits, code.offset);
     if (why != nullptr) return;
@@ -194,7 +49,7 @@ void linear(const Code& code, int64_t n, int64_t k, int64_t group, bool upper) {
             const int status = dlb_linear_run(packed.data(), bytes, x.data(), x_stride, m, k, y.data(), y_stride, n);
             check(status == DLB_OK, "linear", dlb_isa_name(isa), n, k, m);
             // Scalar code has no FMA, so fp32 activations compare from AVX2 on.
-            const bool exact = !element && code.compute == DLB_COMPUTE_INT8;
+            const bool exact = code.codec != DLB_ELEMENT && code.compute == DLB_COMPUTE_INT8;
             if (want.empty() && (exact || isa > 0)) want.assign(y.data(), y.data() + y.size());
             if (!want.empty())
                 check(memcmp(want.data(), y.data(), y.size() * sizeof(float)) == 0, "linear", dlb_isa_name(isa), n, k,
@@ -372,6 +227,9 @@ void sums() {
 }
 
 }  // namespace
+}  // namespace guarded
+
+using namespace guarded;
 
 int main(int argc, char** argv) {
     brief = argc > 1 && strcmp(argv[1], "--brief") == 0;
@@ -383,6 +241,10 @@ int main(int argc, char** argv) {
         attentions();
         elementwises();
         sums();
+        fused_products();
+        experts();
+        routes();
+        decoders();
     }
     printf("guarded: %ld checks, %d failures, on", calls, failures);
     for (const int isa : instruction_sets()) printf(" %s", dlb_isa_name(isa));
