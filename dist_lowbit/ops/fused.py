@@ -23,7 +23,7 @@ from .elementwise import (
     KIND_RMS_NORM,
     activation_number,
 )
-from .library import CExpert, CLinearOut, CLinearSpec, CLinearTerm, CMoeIn, CRowsIn, CRowsOut, library
+from .library import CExpert, CLinearOut, CLinearSpec, CMoeIn, CRowsIn, CRowsOut, library
 from .reference import Segments, segment_tree
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum dlb_float
@@ -142,20 +142,6 @@ def linear_fused(rows: Rows, products: Sequence[tuple[torch.Tensor, int, Finish]
         item.packed, item.bytes, item.out = packed.data_ptr(), packed.numel(), _c_out(y, finish)
     _check(_native().dlb_linear_fused(ctypes.byref(_c_rows(rows)), items, len(products)), "linear_fused")
     return results
-
-
-def linear_sum(terms: Sequence[tuple[Rows, torch.Tensor]], n: int, finish: Finish) -> torch.Tensor:
-    """Return the sum of rows_i W_i^T over up to 16 terms (Rows, prepacked weight), added inside the segments.
-
-    For attention and MLP of a parallel block, which one all-reduce serves. Every rank of tp = 1, 2, 4, 8 gets the
-    bits of the whole where it holds whole segments of every K.
-    """
-    y = _empty(terms[0][0].x.shape[0], n, finish)
-    items = (CLinearTerm * len(terms))()
-    for item, (rows, packed) in zip(items, terms, strict=True):
-        item.rows, item.packed, item.bytes = _c_rows(rows), _fits(packed, n).data_ptr(), packed.numel()
-    _check(_native().dlb_linear_sum(items, len(terms), ctypes.byref(_c_out(y, finish))), "linear_sum")
-    return y
 
 
 def rows_apply(rows: Rows, finish: Finish) -> torch.Tensor:

@@ -72,12 +72,6 @@ class CLinearOut(ctypes.Structure):
     _fields_ = (("packed", c_void_p), ("bytes", c_int64), ("out", CRowsOut))
 
 
-class CLinearTerm(ctypes.Structure):
-    """struct dlb_linear_term of kernels/cpu/fused.h."""
-
-    _fields_ = (("rows", CRowsIn), ("packed", c_void_p), ("bytes", c_int64))
-
-
 class CExpert(ctypes.Structure):
     """struct dlb_expert of kernels/cpu/fused.h."""
 
@@ -117,7 +111,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "dlb_linear_unpack": (c_int, [c_void_p, c_int64, POINTER(CLinearParts)]),
     "dlb_linear_run": (c_int, [c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_void_p, *[c_int64] * 2]),
     "dlb_linear_fused": (c_int, [POINTER(CRowsIn), POINTER(CLinearOut), c_int]),
-    "dlb_linear_sum": (c_int, [POINTER(CLinearTerm), c_int, POINTER(CRowsOut)]),
     "dlb_rows_apply": (c_int, [POINTER(CRowsIn), POINTER(CRowsOut)]),
     "dlb_moe": (c_int, [POINTER(CMoeIn), POINTER(CRowsOut)]),
     "dlb_route": (c_int, [c_void_p, *[c_int64] * 4, c_int32, c_void_p, c_int64, c_void_p, c_int64]),

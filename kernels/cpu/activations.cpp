@@ -35,7 +35,10 @@ int64_t common_multiple(int64_t a, int64_t b) {
 int64_t piece_of(const dlb_rows_in& in, const RowsNeed& need) {
     if (is_norm(in)) return in.k;
     int64_t multiple = kChunk;
-    for (int i = 0; i < need.blocks; ++i) multiple = common_multiple(multiple, std::min(need.block[i], kMaxBlock));
+    for (int i = 0; i < need.blocks; ++i) {
+        multiple = common_multiple(multiple, need.block[i]);
+        if (multiple >= in.k) return in.k;  // before the next one could overflow: K has 31 bits, a block at most 16
+    }
     return std::min(in.k, round_up(kPiece, multiple));
 }
 

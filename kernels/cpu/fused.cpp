@@ -61,47 +61,6 @@ int run_slice(const dlb_rows_in& in, const dlb_linear_out* products, int count, 
     return DLB_OK;
 }
 
-struct Terms {
-    SegmentTerm terms[kDlbMaxProducts];
-    RowsNeed need[kDlbMaxProducts];
-    int index[kDlbMaxProducts];
-};
-
-int open_terms(const dlb_linear_term* given, int count, Terms* all) {
-    const KernelTable& table = active_table();
-    for (int i = 0; i < count; ++i) {
-        Job& job = all->terms[i].job;
-        int status = rows_why_not(given[i].in);
-        if (status == DLB_OK) status = open_weight(table, given[i].packed, given[i].bytes, &job.weight);
-        if (status != DLB_OK) return status;
-        if (job.weight.view.k != given[i].in.k || given[i].in.m != given[0].in.m ||
-            job.weight.view.n != all->terms[0].job.weight.view.n)
-            return DLB_BAD_SHAPE;
-        all->index[i] = need_of(job.weight, &all->need[i]);
-    }
-    return DLB_OK;
-}
-
-int sum_slice(const dlb_linear_term* given, int count, int64_t first, int64_t m, const dlb_rows_out& out, Terms* all) {
-    int64_t bytes = 0;
-    for (int i = 0; i < count; ++i) bytes += bytes_of(given[i].in, m, all->need[i]);
-    void* memory = call_scratch().get(bytes);
-    if (memory == nullptr) return DLB_NO_MEMORY;
-    Arena arena(memory);
-    for (int i = 0; i < count; ++i) {
-        const dlb_rows_in slice = rows_from(given[i].in, first);
-        const Rows rows = place_rows(slice, m, all->need[i], arena);
-        const int status = make_rows(slice, m, all->need[i], rows);
-        if (status != DLB_OK) return status;
-        SegmentTerm& term = all->terms[i];
-        take_rows(&term.job, rows, all->index[i], 0);
-        term.job.m = m;
-        term.row = nullptr;
-        term.factor = nullptr;
-    }
-    return sum_segments(all->terms, count, m, all->terms[0].job.weight.view.n, out_at(out, first, 0));
-}
-
 // The rows [begin, end) of dlb_rows_apply, whole rows at a time.
 bool apply_rows(const dlb_rows_in& in, const dlb_rows_out& out, int64_t begin, int64_t end) {
     const FloatKernels& kernels = float_kernels();
@@ -135,20 +94,6 @@ DLB_API int dlb_linear_fused(const dlb_rows_in* in, const dlb_linear_out* produc
     const int64_t step = dlb::slice_rows(in->m, dlb::bytes_of(*in, 1, all.need));
     for (int64_t first = 0; first < in->m && status == DLB_OK; first += step)
         status = dlb::run_slice(*in, products, count, first, std::min(step, in->m - first), &all);
-    return status;
-}
-
-DLB_API int dlb_linear_sum(const dlb_linear_term* terms, int count, const dlb_rows_out* out) {
-    if (count < 1 || count > kDlbMaxProducts) return DLB_BAD_SPEC;
-    int status = dlb::out_why_not(*out);
-    if (status != DLB_OK) return status;
-    dlb::Terms all;
-    status = dlb::open_terms(terms, count, &all);
-    int64_t bytes = 0;
-    for (int i = 0; i < count && status == DLB_OK; ++i) bytes += dlb::bytes_of(terms[i].in, 1, all.need[i]);
-    const int64_t m = terms[0].in.m, step = dlb::slice_rows(m, bytes);
-    for (int64_t first = 0; first < m && status == DLB_OK; first += step)
-        status = dlb::sum_slice(terms, count, first, std::min(step, m - first), *out, &all);
     return status;
 }
 

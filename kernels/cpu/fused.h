@@ -83,19 +83,6 @@ constexpr int kDlbMaxProducts = 16;
 // all panels are one loop of the pool. count <= 16. DLB_BAD_SHAPE: another K. m = 0 does nothing.
 DLB_API int dlb_linear_fused(const dlb_rows_in* in, const dlb_linear_out* products, int count);
 
-// One product and the rows that it takes.
-struct dlb_linear_term {
-    dlb_rows_in in;
-    const void* packed;
-    int64_t bytes;
-};
-
-// y = sum over terms of rows(in_i) w_i^T, with the sum formed inside each of the eight segments, in order of the terms,
-// before the tree over the segments: what attention and MLP of a parallel block need, so that one reduction over ranks
-// serves both and tp = 1, 2, 4, 8 give the same bits. All terms have one m and one N; K and format are their own.
-// segment[s] = ((+0 + p_0[s]) + p_1[s]) ..., p_i[s] segment s of product i. count <= 16.
-DLB_API int dlb_linear_sum(const dlb_linear_term* terms, int count, const dlb_rows_out* out);
-
 // y = cast((rows(in) + bias) + residual), n = in->k. Without a product: a last norm, a norm of heads (m = tokens times
 // heads), what follows a reduction over ranks. y may be x or up (fp32, same stride).
 DLB_API int dlb_rows_apply(const dlb_rows_in* in, const dlb_rows_out* out);

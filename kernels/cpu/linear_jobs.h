@@ -44,8 +44,8 @@ void run_jobs(Job* jobs, int64_t count);
 // A product whose segments are added to those of others before the tree.
 struct SegmentTerm {
     Job job;              // its `out` is not used
-    const int32_t* row;   // the result row of each of the job's rows, ascending; null: row i is result row i
-    const float* factor;  // of each of the job's rows; null: 1
+    const int32_t* row;   // the result row of each of the job's rows, ascending
+    const float* factor;  // of each of the job's rows
 };
 
 // out = for each of m rows the tree over the sums of the terms' segments, each sum from +0 on in order of the terms:

@@ -1,5 +1,5 @@
-// Sums of products inside each of the eight segments, then the tree: the experts of a row, and attention plus MLP of a
-// parallel block. Every rank that holds whole segments computes a subtree of the same tree (docs/numerics.md).
+// Sums of products inside each of the eight segments, then the tree: the experts of a row. Every rank that holds whole
+// segments computes a subtree of the same tree (docs/numerics.md).
 #include <string.h>
 
 #include <algorithm>
@@ -13,45 +13,35 @@
 namespace dlb {
 namespace {
 
-constexpr int64_t kTileFloats = 4096;            // segments of a few rows on their way into the sums
-constexpr int64_t kTasksPerThread = 4;           // enough that nobody waits long for the last one
-constexpr int64_t kActivationBytes = 256 << 10;  // activations that stay in a core's L2 cache
-constexpr int64_t kSerialWork = 1 << 16;         // multiplications below which waking others costs more than it saves
+constexpr int64_t kTileFloats = 4096;     // segments of a few rows on their way into the sums
+constexpr int64_t kTasksPerThread = 4;    // enough that nobody waits long for the last one
+constexpr int64_t kSerialWork = 1 << 16;  // multiplications below which waking others costs more than it saves
 
 struct Sum {
     const SegmentTerm* terms;
     int64_t count, m, n;
     const dlb_rows_out& out;
     const FloatKernels& kernels;
-    int64_t m_step, panel_step, panels, panel_tasks;
+    int64_t panel_step, panels, panel_tasks;
 };
 
+// All rows at once: each term's weights are then read once.
 void cut_tasks(Sum* sum) {
-    int64_t token_bytes = 1;
-    bool listed = false;
-    for (int64_t i = 0; i < sum->count; ++i) {
-        const LinearView& w = sum->terms[i].job.weight.view;
-        token_bytes = std::max(token_bytes, sum->terms[i].job.weight.codes != nullptr ? w.k : w.k * 4);
-        listed |= sum->terms[i].row != nullptr;
-    }
-    const int64_t fit = kActivationBytes / token_bytes;
-    // Rows that are listed by term are all taken at once: the term's weights are then read once.
-    sum->m_step = listed || sum->m <= fit ? sum->m : std::max<int64_t>(24, fit / 24 * 24);
     sum->panels = ceil_div(sum->n, kPanelRows);
     // As many panels of a term one after the other as may be: memory is read fastest in long stretches.
-    const int64_t columns = kTileFloats / kSegments / std::min<int64_t>(sum->m_step, 32);
+    const int64_t columns = kTileFloats / kSegments / std::min<int64_t>(sum->m, 32);
     const int64_t share = sum->panels / (kTasksPerThread * thread_count());
     sum->panel_step = std::max<int64_t>(1, std::min(columns / kPanelRows, share));
     sum->panel_tasks = ceil_div(sum->panels, sum->panel_step);
 }
 
 // Add a term's segments, from a tile [rows][segments][width], to the sums of the rows they belong to.
-void add_tile(const Sum& sum, const SegmentTerm& term, const float* tile, int64_t first, int64_t rows, int64_t m0,
-              int64_t width, float* acc) {
+void add_tile(const Sum& sum, const SegmentTerm& term, const float* tile, int64_t first, int64_t rows, int64_t width,
+              float* acc) {
     const LinearView& w = term.job.weight.view;
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = (term.row != nullptr ? term.row[first + i] : first + i) - m0;
-        const float factor = term.factor != nullptr ? term.factor[first + i] : 1.0f;
+        const int64_t row = term.row[first + i];
+        const float factor = term.factor[first + i];
         for (int s = 0; s < kSegments;) {
             int end = s;
             while (end < kSegments && w.cuts[end] < w.cuts[end + 1]) ++end;
@@ -63,16 +53,15 @@ void add_tile(const Sum& sum, const SegmentTerm& term, const float* tile, int64_
     }
 }
 
-void add_term(const Sum& sum, const SegmentTerm& term, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* acc) {
+void add_term(const Sum& sum, const SegmentTerm& term, int64_t p0, int64_t p1, float* acc) {
     float tile[kTileFloats];
     const int64_t width = (p1 - p0) * kPanelRows, chunk = kTileFloats / kSegments / width;
     // Columns beyond N are added too, and never stored: let them be numbers.
     if (p1 == sum.panels && sum.n % kPanelRows != 0) memset(tile, 0, sizeof tile);
-    const int64_t first = term.row != nullptr ? 0 : m0, last = term.row != nullptr ? term.job.m : m1;
-    for (int64_t i = first; i < last; i += chunk) {
-        const int64_t end = std::min(last, i + chunk);
+    for (int64_t i = 0; i < term.job.m; i += chunk) {
+        const int64_t end = std::min(term.job.m, i + chunk);
         run_tile(term.job, p0, p1, i, end, {tile, kSegments * width, width});
-        add_tile(sum, term, tile, i, end - i, m0, width, acc);
+        add_tile(sum, term, tile, i, end - i, width, acc);
     }
 }
 
@@ -84,16 +73,15 @@ void add_tree(float* acc, int64_t width) {
 }
 
 bool run_task(const Sum& sum, int64_t task) {
-    const int64_t p0 = task % sum.panel_tasks * sum.panel_step, p1 = std::min(sum.panels, p0 + sum.panel_step);
-    const int64_t m0 = task / sum.panel_tasks * sum.m_step, m1 = std::min(sum.m, m0 + sum.m_step);
-    const int64_t width = (p1 - p0) * kPanelRows, bytes = (m1 - m0) * kSegments * width * 4;
+    const int64_t p0 = task * sum.panel_step, p1 = std::min(sum.panels, p0 + sum.panel_step);
+    const int64_t width = (p1 - p0) * kPanelRows, bytes = sum.m * kSegments * width * 4;
     float* acc = static_cast<float*>(task_scratch().get(bytes));
     if (acc == nullptr) return false;
     memset(acc, 0, static_cast<size_t>(bytes));
-    for (int64_t i = 0; i < sum.count; ++i) add_term(sum, sum.terms[i], p0, p1, m0, m1, acc);
+    for (int64_t i = 0; i < sum.count; ++i) add_term(sum, sum.terms[i], p0, p1, acc);
     const int64_t first = p0 * kPanelRows, columns = std::min(sum.n - first, width);
-    for (int64_t i = m0; i < m1; ++i) {
-        float* row = acc + (i - m0) * kSegments * width;
+    for (int64_t i = 0; i < sum.m; ++i) {
+        float* row = acc + i * kSegments * width;
         add_tree(row, width);
         const dlb_rows_out out = out_at(sum.out, i, first);
         sum.kernels.finish(row, out.bias, out.residual, out.y_type, out.y, columns);
@@ -105,17 +93,16 @@ bool run_task(const Sum& sum, int64_t task) {
 
 int sum_segments(const SegmentTerm* terms, int64_t count, int64_t m, int64_t n, const dlb_rows_out& out) {
     if (m <= 0 || n <= 0) return DLB_OK;
-    Sum sum = {terms, count, m, n, out, float_kernels(), 0, 0, 0, 0};
+    Sum sum = {terms, count, m, n, out, float_kernels(), 0, 0, 0};
     cut_tasks(&sum);
     int64_t work = 0;
     for (int64_t i = 0; i < count; ++i) work += n * terms[i].job.weight.view.k * terms[i].job.m;
-    const int64_t tasks = sum.panel_tasks * ceil_div(m, sum.m_step);
     std::atomic<bool> failed{false};
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task)
             if (!run_task(sum, task)) failed.store(true);
     };
-    parallel(tasks, work < kSerialWork ? tasks : 1, body);
+    parallel(sum.panel_tasks, work < kSerialWork ? sum.panel_tasks : 1, body);
     return failed.load() ? DLB_NO_MEMORY : DLB_OK;
 }
 

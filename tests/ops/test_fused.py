@@ -11,14 +11,10 @@ from fused_cases import (
     FORMATS,
     SLOW,
     Guarded,
-    cuts_of,
     finished,
     isa_names,
     pack,
     product,
-    rank_cuts,
-    rank_tree,
-    segments_of,
     steps_of,
     weights,
 )
@@ -140,32 +136,6 @@ def test_rows_are_finished_in_their_place(kind: str, library: ctypes.CDLL, gener
     assert torch.equal(rows.x, want)
 
 
-@pytest.mark.parametrize("format", ["sym_int4", pytest.param("asym_int4", marks=SLOW), "fp16"])
-@pytest.mark.parametrize("m", [1, pytest.param(7, marks=SLOW), 70])
-def test_a_sum_of_products_is_formed_inside_the_segments(format: str, m: int, generator: torch.Generator) -> None:
-    n, sizes = 21, (160, 576, 2000)
-    matrices = [quantize(torch.randn(n, k, generator=generator), format, 32) for k in sizes]
-    inputs = [torch.randn(m, k, generator=generator) for k in sizes]
-    ids, ones = torch.arange(3, dtype=torch.int32).expand(m, 3), torch.ones(m, 3)
-    finish = Finish(torch.randn(n, generator=generator), torch.randn(m, n, generator=generator), BFLOAT)
-    for isa in isa_names():
-        ops.select_isa(isa)
-        products = [segments_of(x, w, cuts_of(w)) for x, w in zip(inputs, matrices, strict=True)]
-        want = fused.moe_tree(products, ids, ones)
-        terms = [(Rows(x), pack(w)) for x, w in zip(inputs, matrices, strict=True)]
-        assert torch.equal(fused.linear_sum(terms, n, Finish()), want), isa
-        assert torch.equal(fused.linear_sum(terms, n, finish), finished(want, finish)), isa
-    for tp in (2, 4, 8):
-        parts = []
-        for rank in range(tp):
-            mine = []
-            for x, w in zip(inputs, matrices, strict=True):
-                start, stop, cuts = rank_cuts(cuts_of(w), rank, tp)
-                mine.append((Rows(x[:, start:stop]), pack(w.split(1, start, stop), cuts)))
-            parts.append(fused.linear_sum(mine, n, Finish()))
-        assert torch.equal(rank_tree(parts), want), tp
-
-
 def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:
     packed = pack(quantize(torch.randn(20, 64, generator=generator), "sym_int4"))
     x, finish = torch.zeros(2, 64), Finish()
@@ -182,7 +152,6 @@ def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:
         fused.moe(x, experts, twice, torch.ones(2, 2), "silu", 20, finish)
     for call in (
         lambda: fused.linear_fused(Rows(x), [(packed, 1, finish)]),
-        lambda: fused.linear_sum([(Rows(x), packed)], 1, finish),
         lambda: fused.moe(x, experts, ids, factors, "silu", 1, finish),
     ):
         with pytest.raises(UsageError, match="a product of 1 outputs was asked for; the weight has 20"):
@@ -252,5 +221,4 @@ def test_no_buffer_is_left(k: int, library: ctypes.CDLL, generator: torch.Genera
                 applied = fused._c_out(g(torch.empty(m, k, dtype=dtype)), Finish(b, x, dtype))
                 assert library.dlb_rows_apply(ctypes.byref(fused._c_rows(rows)), ctypes.byref(applied)) == 0
         fused.moe(x, experts, ids, factors, "silu", n, Finish(bias, residual))
-        fused.linear_sum([(rows, packed[0]) for rows in inputs], n, Finish(bias, residual))
         el.route(x, min(k, 8), True)

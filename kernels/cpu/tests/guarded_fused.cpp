@@ -116,6 +116,25 @@ void fused(int kind, int activation, int64_t m, int64_t k, int count) {
     }
 }
 
+// Sizes of summation blocks without a common multiple that 64 bits hold.
+void block_sizes() {
+    RowsIn rows(DLB_ROWS_GATED, DLB_ACT_RELU, 2, 5000, false);
+    std::vector<Packed> weights;
+    std::vector<dlb_linear_out> products;
+    Guarded<float> y(2 * kDlbMaxProducts);
+    for (const int prime : {2, 3, 5, 7, 11, 971, 977, 983, 991, 997, 1009, 1013, 1019, 1021, 967, 953}) {
+        weights.push_back(packed_weight(kSym4, 1, 5000, 32 * prime));
+        dlb_linear_out product = zeroed<dlb_linear_out>();
+        product.packed = weights.back()->data();
+        product.bytes = bytes_of(weights.back());
+        product.out.y = y.data() + products.size();
+        product.out.y_stride = kDlbMaxProducts;
+        products.push_back(product);
+    }
+    check(dlb_linear_fused(&rows.in, products.data(), kDlbMaxProducts) == DLB_OK, "blocks", "any", 5000, 0, 0);
+    for (const dlb_linear_out& product : products) check_steps(rows, product, dlb_isa_active(), 1);
+}
+
 // Experts of three layouts: gate above up in one weight, two weights, no gate; the last one shared, of another I.
 struct Layout {
     const char* name;
@@ -246,6 +265,7 @@ void fused_products() {
                 fused(way.kind, way.activation, m, k, brief ? 2 : k == 200 ? kCount : 3);
             }
     if (!brief) fused(DLB_ROWS_GATED, DLB_ACT_GELU_TANH, 2, 4500, 2);  // rows in pieces
+    if (!brief) block_sizes();
 }
 
 void experts() {
