@@ -51,6 +51,11 @@ class BaseGroup(ABC):
         """Return why this rank cannot use the backend, as a sentence, or None if it can."""
 
     @classmethod
+    def prepare(cls) -> None:
+        """Start what the library starts on all ranks of a job together, also on those that no group of it will hold."""
+        return
+
+    @classmethod
     @abstractmethod
     def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> BaseGroup:
         """Form the group; all ranks of the meeting call it together."""

@@ -74,15 +74,29 @@ def under_intel_mpi(environ: Mapping[str, str]) -> bool:
     return "PMI_RANK" in environ and any(name.startswith("I_MPI_") for name in environ)
 
 
-def environment(info: RankInfo, environ: dict[str, str], interface: str | None = None) -> dict[str, str]:
+def over_mpi(info: RankInfo, environ: Mapping[str, str], mpi4py: bool) -> bool:
+    """Tell whether oneCCL can use MPI, which all ranks of a job start together: by mpi4py, or by oneCCL itself."""
+    return under_intel_mpi(environ) and (
+        mpi4py or environ.get("PMI_SIZE", str(info.world_size)) == str(info.world_size)
+    )
+
+
+def _has_mpi4py() -> bool:
+    return importlib.util.find_spec("mpi4py") is not None
+
+
+def environment(
+    info: RankInfo, environ: dict[str, str], interface: str | None = None, mpi4py: bool = True
+) -> dict[str, str]:
     """Return the variables that oneCCL needs for these ranks and that `environ` does not set.
 
     `interface` is the network interface to use; without it oneCCL and libfabric take the first that they like.
+    `mpi4py` tells whether that is installed.
     Progress in the calling thread instead of a worker that spins beside it: on a core of one's own that is as quick, on
     a shared one a hundred times quicker.
     """
     wanted = {"CCL_LOG_LEVEL": "error", "CCL_WORKER_OFFLOAD": "0"}
-    if not under_intel_mpi(environ) and environ.get("CCL_ATL_TRANSPORT", "ofi") == "ofi":  # the launcher sets it
+    if not over_mpi(info, environ, mpi4py) and environ.get("CCL_ATL_TRANSPORT", "ofi") == "ofi":  # the launcher sets it
         wanted |= {"CCL_ATL_TRANSPORT": "ofi", "CCL_PROCESS_LAUNCHER": "none", "FI_PROVIDER": "tcp"}
         local_size = info.local_size or info.world_size
         wanted |= {"CCL_LOCAL_RANK": str(info.local_rank), "CCL_LOCAL_SIZE": str(local_size)}
@@ -131,10 +145,14 @@ class CclGroup(BaseGroup):
         return ccl.why_not()
 
     @classmethod
-    def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> CclGroup:
-        if under_intel_mpi(os.environ) and importlib.util.find_spec("mpi4py"):
+    def prepare(cls) -> None:
+        if under_intel_mpi(os.environ) and _has_mpi4py():
             mpi.start()  # else oneCCL starts MPI for itself alone, and the backend mpi could not join it
-        os.environ.update(environment(meeting.info, dict(os.environ), interface_to(meeting.info)))
+
+    @classmethod
+    def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> CclGroup:
+        cls.prepare()
+        os.environ.update(environment(meeting.info, dict(os.environ), interface_to(meeting.info), _has_mpi4py()))
         notes = Notes(PrefixStore("ccl", meeting.store), meeting.info.rank, len(peers), meeting.hosted_by_rank_0)
         return cls._form(meeting.info.rank, peers, meeting.exchange, timeout, notes)
 
@@ -248,6 +266,7 @@ class CclGroup(BaseGroup):
 
     def _leave(self) -> None:
         self._library.dlb_ccl_leave(self._handle)
+        mpi.never_finalize()
         self._watch.notes.leave(str(self._lost), self.rank if self._culprit is None else self._culprit)
 
     def close(self) -> None:

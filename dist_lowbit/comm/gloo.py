@@ -43,7 +43,7 @@ class GlooGroup(MessageGroup):
         super().__init__(rank, peers, timeout)
         self._messages: Any = store
         self._address = address
-        self._gloo: Any = _connect(rank, len(peers), timeout, store, address)
+        self._gloo: Any = join_gloo(rank, len(peers), timeout, store, address)
         self._splits = 0
         self._held: list[Any] = []  # buffers that gloo still reads or fills, also after a failed call
         near = [peer for peer in peers if peer.rank != rank and peer.machine == peers[rank].machine]
@@ -173,7 +173,8 @@ class GlooGroup(MessageGroup):
             self._messages = None
 
 
-def _connect(rank: int, size: int, timeout: float, store: Any, address: str) -> Any:
+def join_gloo(rank: int, size: int, timeout: float, store: Any, address: str) -> Any:
+    """Return torch's gloo group of these ranks, which all call this together; `address` is this host's own."""
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout)

@@ -22,7 +22,7 @@ from .base import BaseGroup
 from .ccl import CclGroup
 from .gloo import GlooGroup
 from .meeting import Exchange, Meeting
-from .mpi import MpiGroup
+from .mpi import MpiGroup, never_finalize
 from .notes import Notes
 from .peers import Peer, one_machine
 from .shm import ShmGroup
@@ -90,6 +90,7 @@ class HierarchicalGroup(BaseGroup):
         if isinstance(hosts, str):
             raise CommError(f"hierarchical: {hosts}")
         outer_class = _between(meeting)
+        outer_class.prepare()
         rank = meeting.info.rank
         host = next(number for number, ranks in enumerate(hosts) if rank in ranks)
         inner: BaseGroup | None = None
@@ -195,6 +196,7 @@ class HierarchicalGroup(BaseGroup):
         for group in (self.outer, self.inner):
             if group is not None:
                 group.abandon(str(self._lost))
+        never_finalize()  # a leader's MPI has left it out
 
     def close(self) -> None:
         if not self._closed():

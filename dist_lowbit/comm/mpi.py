@@ -64,7 +64,9 @@ def start() -> tuple[Any, weakref.finalize[..., Any] | None]:
 
 
 def never_finalize() -> None:
-    """Leave MPI_Finalize out at the end: it would wait for ranks that are gone."""
+    """Leave MPI_Finalize out at the end, if MPI was started: it would wait for ranks that are gone."""
+    if not start.cache_info().currsize:
+        return
     _, end = start()
     if end is not None:
         end.detach()
@@ -96,6 +98,10 @@ class MpiGroup(MessageGroup):
         if not started_by_mpi(os.environ):
             return "the ranks were not started by an MPI launcher (mpirun, srun --mpi)"
         return None
+
+    @classmethod
+    def prepare(cls) -> None:
+        start()
 
     @classmethod
     def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> MpiGroup:

@@ -19,11 +19,13 @@ import torch
 
 from dist_lowbit.comm import BACKENDS, Group, init_group, subgroup_info, tree_sum, why_not
 from dist_lowbit.comm.collective import Table
+from dist_lowbit.comm.hierarchical import HierarchicalGroup
 from dist_lowbit.comm.peers import myself, to_json
 from dist_lowbit.comm.tree import DTYPES
 from dist_lowbit.core.errors import CommError, UsageError
 from dist_lowbit.core.rank import current
 from tests.comm.harness import Job
+from tests.comm.torch_calls import torch_ccl  # noqa: F401
 
 # Around every border of the implementations: cache line, inline block, small/large, chunk, several chunks.
 COUNTS = (0, 1, 7, 16, 511, 513, 4096, 8192, 8193, 16385, 65536, 65537, 131072, 200003)
@@ -215,6 +217,16 @@ def check_fingerprints(group: Group) -> str:
     for seed, count in enumerate(COUNTS):
         for dtype in DTYPES:
             digest.update(bits(group.all_reduce(values(seed + 50, group.rank, count, dtype))).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprints_of(size: int) -> str:
+    """Return the digest that every backend must give: of the tree's own sums."""
+    digest = hashlib.sha256()
+    for seed, count in enumerate(COUNTS):
+        for dtype in DTYPES:
+            parts = [values(seed + 50, rank, count, dtype) for rank in range(size)]
+            digest.update(bits(tree_sum(parts)).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -483,10 +495,21 @@ def pretended(job: Job) -> Group:
 
 
 def hierarchy(job: Job) -> dict[str, Any]:
-    """Run every check on a group of pretended machines."""
+    """Run every check, or as many random operations as asked for, on a group of pretended machines."""
     with pretended(job) as group:
-        assert group.name == "hierarchical"
-        return {name: check(group) for name, check in CHECKS.items()}
+        assert isinstance(group, HierarchicalGroup)
+        between = None if group.outer is None else group.outer.name
+        if "operations" in job.args:
+            check_random(group, job.args["operations"])
+            return {"between": between}
+        return {"between": between, **{name: check(group) for name, check in CHECKS.items()}}
+
+
+def flat(job: Job) -> str:
+    """Form a group of pretended machines that cannot be added one by one."""
+    with pretended(job) as group:
+        check_random(group, 20)
+        return group.name
 
 
 def hierarchy_trouble(job: Job) -> dict[str, Any]:
@@ -503,57 +526,6 @@ def hierarchy_trouble(job: Job) -> dict[str, Any]:
             group.all_reduce(x)
     except CommError as error:
         return {"message": str(error), "rank": error.rank, "seconds": time.monotonic() - start}
-
-
-def torch_ccl(job: Job) -> Any:
-    """Every collective of torch.distributed over the backend that the import registers."""
-    import torch.distributed as dist
-
-    import dist_lowbit.comm.torch_ccl
-
-    assert dist_lowbit.comm.torch_ccl.register() == "registered before"
-    dist.init_process_group("ccl")
-    rank, size = dist.get_rank(), dist.get_world_size()
-    assert dist.get_backend() == "ccl"
-    parts = [values(3, other, 1000, torch.float32) for other in range(size)]
-    x = parts[rank].clone()
-    dist.all_reduce(x)
-    assert same_bits(x, tree_sum(parts))
-    for op, expected in ((dist.ReduceOp.MAX, size), (dist.ReduceOp.PRODUCT, torch.tensor(range(1, size + 1)).prod())):
-        y = torch.tensor([rank + 1])
-        dist.all_reduce(y, op)
-        assert int(y) == int(expected)
-    dist.broadcast(y.fill_(rank), 1)
-    assert int(y) == 1
-    every = [torch.empty(2, 3) for _ in range(size)]
-    dist.all_gather(every, torch.full((2, 3), float(rank)))
-    assert [float(part[1, 2]) for part in every] == list(range(size))
-    whole = torch.empty(2 * size)
-    dist.all_gather_into_tensor(whole, torch.full((2,), float(rank)))
-    assert whole.tolist() == [float(other) for other in range(size) for _ in range(2)]
-    share = torch.empty(2)
-    dist.reduce_scatter_tensor(share, torch.arange(2.0 * size))
-    assert share.tolist() == [size * 2.0 * rank, size * (2.0 * rank + 1)]
-    swapped = torch.empty(size)
-    dist.all_to_all_single(swapped, torch.arange(size) + 10.0 * rank)
-    assert swapped.tolist() == [10.0 * other + rank for other in range(size)]
-    dist.reduce(z := torch.ones(3), 0)
-    assert rank or z.tolist() == [size] * 3
-    dist.scatter(share, [torch.full((2,), float(other)) for other in range(size)] if rank == 0 else None, src=0)
-    assert share.tolist() == [rank, rank]
-    gathered = [torch.empty(2) for _ in range(size)] if rank == 0 else None
-    dist.gather(share, gathered, dst=0)
-    assert gathered is None or [float(part[0]) for part in gathered] == list(range(size))
-    objects: list[Any] = [None] * size
-    dist.all_gather_object(objects, {"rank": rank})
-    assert objects == [{"rank": other} for other in range(size)]
-    pair = dist.new_group([0, 1], backend="ccl")
-    if rank < 2:
-        dist.all_reduce(w := torch.ones(2), group=pair)
-        assert w.tolist() == [2, 2]
-    dist.barrier()
-    dist.destroy_process_group()
-    return True
 
 
 def device(job: Job) -> dict[str, Any]:

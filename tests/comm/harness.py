@@ -108,17 +108,21 @@ def run_under_mpirun(folder: Path, body: str, size: int, args: dict[str, Any], t
     folder.mkdir(parents=True, exist_ok=True)
     spec = {"body": body, "size": size, "args": args, "folder": str(folder)}
     command = [mpirun(), "-n", str(size), sys.executable, "-m", "tests.comm.harness", "tests.comm.bodies"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*command, json.dumps(spec)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
-        check=False,
+        start_new_session=True,
     )
-    return _collect(folder, size, [], done.stdout)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks, too
+        output = process.communicate()[0] + f"\nnot done within {timeout:g} s"
+    return _collect(folder, size, [], output)
 
 
 def mpirun() -> str:

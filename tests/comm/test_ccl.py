@@ -40,6 +40,13 @@ def test_environment(case: str) -> None:
     assert environ | environment(PAIR, environ) == environ | expected
 
 
+@pytest.mark.parametrize(("size", "mpi4py", "over"), [(2, False, True), (4, False, False), (4, True, True)])
+def test_mpi_is_used_where_all_ranks_start_it(size: int, mpi4py: bool, over: bool) -> None:
+    """A group of two of `size` ranks, such as the leaders of two machines: mpi4py has started MPI on the others."""
+    environ = {"PMI_RANK": "1", "PMI_SIZE": str(size), "I_MPI_MPIRUN": "mpirun"}
+    assert ("CCL_ATL_TRANSPORT" not in environment(PAIR, environ, None, mpi4py)) == over
+
+
 def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "PARTS", {"no-such-package": "libnothing.so"})
     assert ccl.built() is None
@@ -84,10 +91,16 @@ def test_many_processes_build_once(tmp_path: Path) -> None:
     assert log.read_text() == "x\n"
 
 
-def test_torch_distributed_over_ccl(farm: Farm) -> None:
+@pytest.mark.parametrize("calls", ["plain", pytest.param("layered", marks=pytest.mark.slow)])
+def test_torch_distributed_over_ccl(farm: Farm, calls: str) -> None:
+    """Every call; at last rank 2 dies, and rank 0, which waits for a message of it, hears so."""
     require("ccl")
-    outcome = farm.run("torch_ccl", 3, timeout=60)
-    assert outcome.values == {0: True, 1: True, 2: True}, outcome.errors or outcome.output
+    outcome = farm.run("torch_ccl", 3, {"calls": calls}, timeout=60)
+    assert outcome.values.keys() == {0, 1}, outcome.errors or outcome.output
+    assert outcome.values[1] == "done"
+    assert outcome.note("done", 2)
+    assert outcome.values[0].startswith("2: rank 2 (pid "), outcome.values
+    assert "has died or closed its group; rank 0 waited for it in a message" in outcome.values[0]
 
 
 @pytest.mark.parametrize(("version", "used"), [("2.13.1+cpu", True), ("2.12.0", False), (None, False)])
