@@ -1,4 +1,4 @@
-"""Runs every format on every ISA of the library that DIST_LOWBIT_LIBRARY names; prints what differs as JSON.
+"""Runs the formats named as arguments on every ISA of DIST_LOWBIT_LIBRARY; prints what differs as JSON.
 
 A process of its own: a process has one library. {isa: {format: [one line per difference]}}
 """
@@ -6,6 +6,7 @@ A process of its own: a process has one library. {isa: {format: [one line per di
 from __future__ import annotations
 
 import json
+import sys
 
 import torch
 
@@ -51,7 +52,8 @@ def differences(format: str, isa: str, generator: torch.Generator) -> list[str]:
 def main() -> None:
     names = [name for name, supported, _ in ops.isas() if supported and name.endswith("_emulated")]
     result = {
-        isa: {format: differences(format, isa, torch.Generator().manual_seed(7)) for format in FORMATS} for isa in names
+        isa: {format: differences(format, isa, torch.Generator().manual_seed(7)) for format in sys.argv[1:]}
+        for isa in names
     }
     print(json.dumps(result))
 
