@@ -28,7 +28,6 @@ from .single import SingleGroup
 _ALL = (SingleGroup, ShmGroup, HierarchicalGroup, CclGroup, MpiGroup, GlooGroup, NcclGroup, XcclGroup)
 BACKENDS: Mapping[str, type[BaseGroup]] = {backend.name: backend for backend in _ALL}
 AUTO = ("shm", "hierarchical", "ccl", "mpi", "gloo")  # best first
-AUTO_NEAR = ("shm", "gloo")  # on one machine
 
 
 def why_not(info: RankInfo) -> dict[str, str | None]:
@@ -65,7 +64,8 @@ def _choose(facts: list[Json], peers: list[Peer], rank: int) -> str:
         wishes = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(asked))
         raise UsageError(f"the ranks ask for different backends ({wishes}); set DIST_LOWBIT_BACKEND alike on all")
     near = one_machine(peers)
-    names = (asked[0],) if asked[0] != "auto" else AUTO_NEAR if near else AUTO
+    best = [name for name in AUTO if not (near and name == "hierarchical")]
+    names = best if asked[0] == "auto" else [asked[0]]
     refusals: list[str] = []
     for name in names:
         reason = _refusal(name, facts, peers)
@@ -110,8 +110,8 @@ def init_group(
 
     All ranks call it together, with the same `backend` and `prefix`. `rank_info` is this rank's place, by default
     what the launcher set; for a subgroup pass another rank and world_size and a prefix of its own, or split a group.
-    `backend` is a name of BACKENDS or auto: DIST_LOWBIT_BACKEND if set, else shm on one machine and across machines
-    the best of hierarchical, ccl, mpi and gloo that all ranks have.
+    `backend` is a name of BACKENDS or auto: DIST_LOWBIT_BACKEND if set, else the first of shm (one machine),
+    hierarchical (several), ccl, mpi and gloo that all ranks have; a warning tells why shm is not used on one machine.
     A world of one is `single` whatever the name. `timeout` (seconds, default DIST_LOWBIT_TIMEOUT) bounds the wait for
     the ranks here and is the group's default. `store` is a torch.distributed store to meet at, instead of the one at
     MASTER_ADDR:MASTER_PORT. Neither needs nor touches torch.distributed's default group; where that one meets at the

@@ -142,6 +142,8 @@ class CclGroup(BaseGroup):
     def why_not(cls, info: RankInfo) -> str | None:
         if native() is None:
             return f"ccl adds with the compiled library, which is missing: {native_why_not()}"
+        if over_mpi(info, os.environ, _has_mpi4py()) and os.environ.get("CCL_ATL_TRANSPORT", "mpi") == "mpi":
+            return ccl.why_not() or mpi.no_room(info, os.environ)
         return ccl.why_not()
 
     @classmethod

@@ -13,17 +13,18 @@ import os
 from dist_lowbit.core.errors import CommError
 
 FOLDER = "/dev/shm"
+SEGMENT = "the ranks' shared segment"
 
 
-def _too_small(folder: str, detail: str) -> str:
+def _too_small(folder: str, purpose: str, detail: str) -> str:
     return (
-        f"{folder} has no room for the ranks' shared segment ({detail}); enlarge it (containers: --shm-size=64m) or "
-        "set DIST_LOWBIT_BACKEND=gloo"
+        f"{folder} has no room for {purpose} ({detail}); enlarge it (containers: --shm-size=1g) or choose another "
+        "backend with DIST_LOWBIT_BACKEND"
     )
 
 
-def no_room(total: int, folder: str = FOLDER) -> str | None:
-    """Return why a segment of `total` bytes cannot be made, or None if it can."""
+def no_room(total: int, folder: str = FOLDER, purpose: str = SEGMENT) -> str | None:
+    """Return why `total` bytes cannot be had for a segment, or for what is told, or None if they can."""
     try:
         status = os.statvfs(folder)
     except OSError as error:
@@ -32,7 +33,7 @@ def no_room(total: int, folder: str = FOLDER) -> str | None:
         return f"{folder} is not writable"
     free = status.f_bavail * status.f_frsize
     if status.f_blocks and free < total:  # no blocks at all: a file system without a limit
-        return _too_small(folder, f"{total} bytes needed, {free} free")
+        return _too_small(folder, purpose, f"{total} bytes needed, {free} free")
     return None
 
 
@@ -45,7 +46,8 @@ def create(total: int, folder: str = FOLDER) -> int:
         descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CommError(
-            f"cannot make a shared segment in {folder} ({error.strerror}); set DIST_LOWBIT_BACKEND=gloo"
+            f"cannot make a shared segment in {folder} ({error.strerror}); choose another backend with "
+            "DIST_LOWBIT_BACKEND"
         ) from error
     os.ftruncate(descriptor, total)
     return descriptor
@@ -57,7 +59,7 @@ def reserve(descriptor: int, offset: int, count: int, folder: str = FOLDER) -> N
         os.posix_fallocate(descriptor, offset, count)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
-            raise CommError(_too_small(folder, f"{count} bytes a rank, {error.strerror}")) from error
+            raise CommError(_too_small(folder, SEGMENT, f"{count} bytes a rank, {error.strerror}")) from error
         raise CommError(f"cannot reserve {count} bytes of shared memory in {folder} ({error.strerror})") from error
 
 
@@ -75,7 +77,7 @@ def join(place: dict[str, int]) -> int:
     except OSError as error:
         raise CommError(
             f"cannot open rank 0's shared segment at {path} ({error.strerror}); run all ranks as one user in one "
-            "container, or set DIST_LOWBIT_BACKEND=gloo"
+            "container, or choose another backend with DIST_LOWBIT_BACKEND"
         ) from error
     status = os.fstat(descriptor)
     if (status.st_ino, status.st_dev) != (place["inode"], place["device"]):

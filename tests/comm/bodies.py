@@ -397,14 +397,16 @@ def _link(descriptor: str) -> str:
         return ""
 
 
-def small_shm(job: Job) -> str:
-    """Form a group where /dev/shm has no room."""
-    try:
-        init_group("shm", timeout=10)
-    except CommError as error:
-        refusal = str(error)
+def small_shm(job: Job) -> dict[str, Any]:
+    """Form a group where /dev/shm has no room; tell why those that were asked for by name refused."""
+    refusals = {}
+    for name in job.args["refused"]:
+        with pytest.raises(CommError) as caught:
+            init_group(name, timeout=10)
+        refusals[name] = str(caught.value)
     with init_group("auto", timeout=10) as group:
-        return f"{group.name}: {refusal}"
+        check_random(group, 20)
+        return {"name": group.name, **refusals}
 
 
 def beside_torch(job: Job) -> list[float]:

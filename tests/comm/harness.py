@@ -103,11 +103,13 @@ class Farm:
         self.process.communicate(timeout=30)
 
 
-def run_under_mpirun(folder: Path, body: str, size: int, args: dict[str, Any], timeout: float = 100.0) -> Outcome:
+def run_under_mpirun(
+    folder: Path, body: str, size: int, args: dict[str, Any], timeout: float = 100.0, wrapper: tuple[str, ...] = ()
+) -> Outcome:
     """Run `body` of tests.comm.bodies on ranks that mpirun starts; each imports torch for itself."""
     folder.mkdir(parents=True, exist_ok=True)
     spec = {"body": body, "size": size, "args": args, "folder": str(folder)}
-    command = [mpirun(), "-n", str(size), sys.executable, "-m", "tests.comm.harness", "tests.comm.bodies"]
+    command = [*wrapper, mpirun(), "-n", str(size), sys.executable, "-m", "tests.comm.harness", "tests.comm.bodies"]
     process = subprocess.Popen(
         [*command, json.dumps(spec)],
         cwd=ROOT,

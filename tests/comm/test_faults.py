@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.comm.conftest import require
-from tests.comm.harness import Farm
+from dist_lowbit.comm import why_not
+from tests.comm.conftest import PAIR, require, require_mpirun
+from tests.comm.harness import Farm, Outcome, run_under_mpirun
 
 EACH = pytest.mark.parametrize("backend", ["shm", "ccl", "gloo"])
 VICTIM = 1
@@ -115,23 +116,48 @@ def test_the_segment_has_no_name_and_no_open_descriptor(farm: Farm) -> None:
         assert "(deleted)" in seen["maps"][0]
 
 
-def test_a_small_dev_shm_is_a_sentence(tmp_path: Path) -> None:
-    require("shm")
+def small_shm() -> tuple[str, ...]:
+    """Return a command that runs another where /dev/shm holds 512 KiB."""
     mount = "mount -t tmpfs -o size=512k tmpfs /dev/shm"
     wrapper = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
     try:
         subprocess.run([*wrapper, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no mount namespaces for tests here")
-    farm = Farm(tmp_path, wrapper)
-    outcome = farm.run("small_shm", 2)
-    farm.close()
+    return wrapper
+
+
+def check_small_shm(outcome: Outcome, used: str, refused: list[str]) -> None:
+    """All ranks took the next best backend and rank 0 said so once; the others are refused by a sentence."""
     for rank in (0, 1):
         assert rank in outcome.values, outcome.errors or outcome.output
-        assert outcome.values[rank].startswith("gloo: ")
-        assert "/dev/shm has no room" in outcome.values[rank]
-        assert "524288 free" in outcome.values[rank]
-    assert "gloo is used instead of shm" in outcome.output
+        seen = outcome.values[rank]
+        assert seen["name"] == used
+        for name in refused:
+            assert f"{name} on rank 0: /dev/shm has no room" in seen[name], seen
+            assert "524288 free" in seen[name]
+    assert outcome.output.count(f"{used} is used instead of shm on rank 0: /dev/shm has no room") == 1, outcome.output
+
+
+@pytest.mark.parametrize("used", ["ccl", "gloo"])
+def test_a_small_dev_shm_is_a_sentence(tmp_path: Path, used: str) -> None:
+    require("shm")
+    require(used)
+    farm = Farm(tmp_path, small_shm())
+    # Without packages of oneCCL in reach the next one is gloo; here only a compiler is out of reach.
+    environ = {} if used == "ccl" else {"XDG_CACHE_HOME": str(tmp_path), "CXX": "no-such-compiler"}
+    outcome = farm.run("small_shm", 2, {"refused": ["shm"]}, environ=environ)
+    farm.close()
+    check_small_shm(outcome, used, ["shm"])
+
+
+@pytest.mark.slow
+def test_a_small_dev_shm_under_mpirun(tmp_path: Path) -> None:
+    """MPI would take its shared memory there too, and its ranks be killed by SIGBUS."""
+    require_mpirun()
+    refused = ["shm", "mpi"] + (["ccl"] if why_not(PAIR)["ccl"] is None else [])
+    outcome = run_under_mpirun(tmp_path, "small_shm", 2, {"refused": refused}, wrapper=small_shm())
+    check_small_shm(outcome, "gloo", refused)
 
 
 def test_waiting_costs_no_processor_time(farm: Farm) -> None:
