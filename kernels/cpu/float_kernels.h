@@ -34,8 +34,8 @@ struct FloatKernels {
     // d = x - sum(x) / k, sums as above; out = (d * (1 / sqrt(sum(d d) / k + eps))) * weight' [+ bias].
     void (*layer_norm)(const float* x, const float* weight, float offset, const float* bias, float eps, float* out,
                        int64_t k);
-    // y[i] = cast((x[i] + bias[i]) + residual[i]) to a dlb_float, to nearest even; null: not added. y may be residual
-    // or x where it is fp32. NaN stays NaN.
+    // y[i] = cast((x[i] + bias[i]) + residual[i]) to a dlb_float as generic/half.h does; null: not added. y may be
+    // residual or x where it is fp32.
     void (*finish)(const float* x, const float* bias, const float* residual, int32_t type, void* y, int64_t n);
     // out[i] = a[i] + w * b[i]; `out` may be a or b.
     void (*scaled_sum)(const float* a, const float* b, float w, float* out, int64_t n);

@@ -16,7 +16,7 @@ struct KvKernels {
     void (*rope_pairs)(float* x, const float* cos, const float* sin, int64_t half);
     // In place: x = min(max(x, -limit), limit), NaN stays.
     void (*clip)(float* x, int64_t n, float limit);
-    // n numbers to fp16 or bf16 (a DLB_KV_* type, also fp32: a copy), to nearest even.
+    // n numbers to fp16 or bf16 (a DLB_KV_* type, also fp32: a copy) as generic/half.h does.
     void (*narrow)(const float* x, int32_t kv_type, void* out, int64_t n);
     // n numbers to int8 and one fp16 scale: scale = fp16(max|x| / 127); q = x / scale to nearest even, within +-127; 0
     // where the scale is 0. A NaN or an infinity among them makes the scale NaN.

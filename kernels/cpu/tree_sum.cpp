@@ -18,63 +18,26 @@ struct Arithmetic {
     void (*narrow[3])(const float* in, void* out, size_t n);
 };
 
-uint32_t bits(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    return u;
-}
-
-float value(uint32_t u) {
-    float x;
-    memcpy(&x, &u, 4);
-    return x;
-}
-
-uint16_t bf16_of(float x) {
-    uint32_t u = bits(x);
-    if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
-float fp16_value(uint16_t h) {
-    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
-    if (exponent == 31) return value(sign | 0x7f800000 | (fraction ? 0x400000 : 0) | (fraction << 13));
-    if (exponent) return value(sign | ((exponent + 112) << 23) | (fraction << 13));
-    float small = float(fraction) * 0x1p-24f;  // exact: a subnormal counts units of 2^-24
-    return value(sign | bits(small));
-}
-
-uint16_t fp16_of(float x) {
-    uint32_t u = bits(x), magnitude = u & 0x7fffffff;
-    uint16_t sign = uint16_t((u >> 16) & 0x8000);
-    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));  // as vcvtps2ph
-    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and up round to infinity
-    if (magnitude < 0x38800000) {  // below 2^-14: the sum's last bit is worth 2^-24, so it rounds as fp16 does
-        float rounded = value(magnitude) + 0.5f;
-        return uint16_t(sign | (bits(rounded) - 0x3f000000));
-    }
-    uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
-    return uint16_t(sign | ((rounded - (112u << 23)) >> 13));
-}
+#include "generic/half.h"
 
 void add_plain(const float* a, const float* b, float* out, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
 void widen_bf16_plain(const void* in, float* out, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = value(uint32_t(static_cast<const uint16_t*>(in)[i]) << 16);
+    for (size_t i = 0; i < n; i++) out[i] = bfloat_to_float(static_cast<const uint16_t*>(in)[i]);
 }
 
 void narrow_bf16_plain(const float* in, void* out, size_t n) {
-    for (size_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = bf16_of(in[i]);
+    for (size_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = float_to_bfloat(in[i]);
 }
 
 void widen_fp16_plain(const void* in, float* out, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = fp16_value(static_cast<const uint16_t*>(in)[i]);
+    for (size_t i = 0; i < n; i++) out[i] = half_to_float(static_cast<const uint16_t*>(in)[i]);
 }
 
 void narrow_fp16_plain(const float* in, void* out, size_t n) {
-    for (size_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = fp16_of(in[i]);
+    for (size_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = float_to_half(in[i]);
 }
 
 const Arithmetic kPlain = {
@@ -109,15 +72,16 @@ DLB_AVX2 void widen_bf16_avx2(const void* in, float* out, size_t n) {
 
 DLB_AVX2 void narrow_bf16_avx2(const float* in, void* out, size_t n) {
     uint16_t* target = static_cast<uint16_t*>(out);
-    const __m256i one = _mm256_set1_epi32(1), bias = _mm256_set1_epi32(0x7fff), nan = _mm256_set1_epi32(0x7fc0);
+    const __m256i one = _mm256_set1_epi32(1), bias = _mm256_set1_epi32(0x7fff);
+    const __m256i quiet = _mm256_set1_epi32(0x400000);
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
         __m256 x = _mm256_loadu_ps(in + i);
         __m256i u = _mm256_castps_si256(x);
         __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), one);
-        __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(bias, odd)), 16);
+        __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(bias, odd));
         __m256i unordered = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-        rounded = _mm256_blendv_epi8(rounded, nan, unordered);
+        rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_or_si256(u, quiet), unordered), 16);
         __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), packed);
     }

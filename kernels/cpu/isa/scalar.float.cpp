@@ -10,6 +10,8 @@
 namespace dlb {
 namespace {
 
+#include "../generic/half.h"
+
 constexpr int LANES = 16;
 
 float tree(const float* lane) {
@@ -161,38 +163,6 @@ void layer_norm(const float* x, const float* weight, float offset, const float* 
     apply_norm(x, mean, norm_factor(x, mean, eps, k), weight, offset, bias, out, k);
 }
 
-uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-
-float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-uint16_t narrow_bfloat(float value) {
-    const uint32_t bits = bits_of(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
-    return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-}
-
-uint16_t narrow_half(float value) {
-    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7FFFFFFFu;
-    uint32_t half;
-    if (rest > 0x7F800000u)
-        half = 0x7E00u | (rest >> 13 & 0x3FFu);
-    else if (rest >= 0x477FF000u)  // 65520 and above round to infinity
-        half = 0x7C00u;
-    else if (rest < 0x38800000u)  // below 2^-14: adding 1/2 leaves multiples of 2^-24 in the low bits
-        half = bits_of(from_bits(rest) + 0.5f) - 0x3F000000u;
-    else
-        half = (rest - 0x38000000u + 0xFFFu + (rest >> 13 & 1u)) >> 13;
-    return static_cast<uint16_t>(sign | half);
-}
-
 void finish(const float* x, const float* bias, const float* residual, int32_t type, void* y, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         float value = x[i];
@@ -201,7 +171,7 @@ void finish(const float* x, const float* bias, const float* residual, int32_t ty
         if (type == DLB_FLOAT32)
             static_cast<float*>(y)[i] = value;
         else
-            static_cast<uint16_t*>(y)[i] = type == DLB_FLOAT16 ? narrow_half(value) : narrow_bfloat(value);
+            static_cast<uint16_t*>(y)[i] = type == DLB_FLOAT16 ? float_to_half(value) : float_to_bfloat(value);
     }
 }
 
@@ -209,23 +179,14 @@ void scaled_sum(const float* a, const float* b, float w, float* out, int64_t n) 
     for (int64_t i = 0; i < n; i++) out[i] = a[i] + w * b[i];
 }
 
-float widen_half(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7FFFu;
-    if (rest >= 0x7C00u)
-        return from_bits(sign | 0x7F800000u | (rest & 0x3FFu) << 13 | ((rest & 0x3FFu) ? 0x400000u : 0u));
-    // Subnormals too: as an integer times 2^-24, exact.
-    if (rest < 0x400u) return std::copysign(static_cast<float>(rest) * 0x1p-24f, from_bits(sign | 0x3F800000u));
-    return from_bits(sign | ((rest << 13) + (112u << 23)));
-}
-
 void widen(const void* source, int32_t kv_type, float* out, int64_t n) {
     const uint16_t* half = static_cast<const uint16_t*>(source);
     if (kv_type == DLB_KV_FP32)
         std::memcpy(out, source, static_cast<size_t>(n) * 4);
     else if (kv_type == DLB_KV_FP16)
-        for (int64_t i = 0; i < n; i++) out[i] = widen_half(half[i]);
+        for (int64_t i = 0; i < n; i++) out[i] = half_to_float(half[i]);
     else
-        for (int64_t i = 0; i < n; i++) out[i] = from_bits(static_cast<uint32_t>(half[i]) << 16);
+        for (int64_t i = 0; i < n; i++) out[i] = bfloat_to_float(half[i]);
 }
 
 }  // namespace

@@ -9,37 +9,6 @@ namespace {
 
 #include "../generic/half.h"
 
-uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-
-float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-uint16_t to_half(float value) {
-    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-    if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | (rest >> 13 & 0x3ffu));
-    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
-    if (rest < 0x38800000u) {
-        // Below 2^-14: adding 1/2 leaves the number, in units of 2^-24 and rounded to even, in the low bits.
-        const float shifted = float_of(rest) + 0.5f;
-        return static_cast<uint16_t>(sign | (bits_of(shifted) - 0x3f000000u));
-    }
-    const uint32_t odd = rest >> 13 & 1u;
-    return static_cast<uint16_t>(sign | ((rest - (112u << 23) + 0xfffu + odd) >> 13));
-}
-
-uint16_t to_bfloat(float value) {
-    const uint32_t bits = bits_of(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
-    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 void rope_halves(float* x, const float* cos, const float* sin, int64_t half) {
     for (int64_t i = 0; i < half; i++) {
         const float a = x[i], b = x[i + half];
@@ -65,9 +34,9 @@ void narrow(const float* x, int32_t kv_type, void* out, int64_t n) {
     if (kv_type == DLB_KV_FP32)
         std::memcpy(out, x, static_cast<size_t>(n) * 4);
     else if (kv_type == DLB_KV_FP16)
-        for (int64_t i = 0; i < n; i++) half[i] = to_half(x[i]);
+        for (int64_t i = 0; i < n; i++) half[i] = float_to_half(x[i]);
     else
-        for (int64_t i = 0; i < n; i++) half[i] = to_bfloat(x[i]);
+        for (int64_t i = 0; i < n; i++) half[i] = float_to_bfloat(x[i]);
 }
 
 void narrow_int8(const float* x, int8_t* q, uint16_t* scale, int64_t n) {
@@ -76,7 +45,7 @@ void narrow_int8(const float* x, int8_t* q, uint16_t* scale, int64_t n) {
         const uint32_t magnitude = bits_of(x[i]) & 0x7fffffffu;
         top = magnitude > top ? magnitude : top;
     }
-    *scale = top >= 0x7f800000u ? 0x7e00u : to_half(float_of(top) / 127.0f);
+    *scale = top >= 0x7f800000u ? 0x7e00u : float_to_half(float_of(top) / 127.0f);
     const float step = half_to_float(*scale);
     if (!(step > 0.0f)) {
         std::memset(q, 0, static_cast<size_t>(n));
@@ -98,7 +67,7 @@ float stored(const void* row, int32_t kv_type, int64_t i, const uint16_t* scale)
     const uint16_t* half = static_cast<const uint16_t*>(row);
     if (kv_type == DLB_KV_FP32) return static_cast<const float*>(row)[i];
     if (kv_type == DLB_KV_FP16) return half_to_float(half[i]);
-    if (kv_type == DLB_KV_BF16) return float_of(static_cast<uint32_t>(half[i]) << 16);
+    if (kv_type == DLB_KV_BF16) return bfloat_to_float(half[i]);
     return static_cast<float>(static_cast<const int8_t*>(row)[i]) * half_to_float(*scale);
 }
 
