@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
 from dist_lowbit.core.errors import KernelError
+from dist_lowbit.core.log import logger
 from dist_lowbit.formats import PackedWeight
 
 from .compiled import Compiled
@@ -18,14 +20,25 @@ KERNELS: tuple[Kernel, ...] = (Compiled(), XpuInt4(), Dequantized(), Reference()
 
 
 def choose(spec: LinearSpec) -> Kernel:
-    """Return the first kernel that takes `spec`; a KernelError with every kernel's reason if none does."""
-    reasons = []
+    """Return the first kernel that takes `spec`; a KernelError with every kernel's reason if none does.
+
+    A Linear on the CPU that is left to the reference is slow: a warning says so, once for each reason.
+    """
+    reasons: list[str] = []
     for candidate in KERNELS:
         why = candidate.why_not(spec)
         if why is None:
+            if isinstance(candidate, Reference) and spec.device == "cpu":
+                _warn_of_reference(spec.format.name, reasons[0])
             return candidate
         reasons.append(f"{candidate.name}: {why}")
     raise KernelError(f"no kernel takes a {spec.format.name} Linear of N={spec.n}, K={spec.k}: " + "; ".join(reasons))
+
+
+@cache
+def _warn_of_reference(format: str, why: str) -> None:
+    """Say once in a process that Linears of a format run without a compiled kernel."""
+    logger.warning("a %s Linear runs on the slow reference: %s", format, why)
 
 
 def kernel(name: str) -> Kernel:

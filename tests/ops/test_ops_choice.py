@@ -13,8 +13,10 @@ import torch
 
 from dist_lowbit import ops
 from dist_lowbit.core.errors import KernelError
+from dist_lowbit.core.log import logger
 from dist_lowbit.formats import quantize
 from dist_lowbit.ops.compiled import _c_spec
+from dist_lowbit.ops.kernel import _warn_of_reference
 
 
 def spec(format: str = "sym_int4", **changes: object) -> ops.LinearSpec:
@@ -95,11 +97,29 @@ def test_the_environment_forces_an_isa(library: ctypes.CDLL) -> None:
     assert "expected auto or one of scalar, avx2" in wrong
 
 
-def test_without_a_library_the_reference_runs() -> None:
+def test_without_a_library_the_reference_runs_and_is_warned_of_once() -> None:
     code = (
         "import torch; from dist_lowbit import ops; from dist_lowbit.formats import quantize\n"
         "s = ops.LinearSpec.of(quantize(torch.ones(4, 64), 'sym_int4'))\n"
+        "ops.choose(s)\n"
         "print(ops.choose(s).name, ops.isas(), ops.kernel('cpu').why_not(s))"
     )
     out = run_python(code, DIST_LOWBIT_LIBRARY="none")
     assert out.stdout.startswith("reference [] switched off"), out.stderr
+    want = "a sym_int4 Linear runs on the slow reference: cpu: switched off by DIST_LOWBIT_LIBRARY=none"
+    assert out.stderr.strip() == want
+
+
+def test_a_linear_that_no_compiled_kernel_takes_is_warned_of_once(
+    library: ctypes.CDLL, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _warn_of_reference.cache_clear()
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    try:
+        for size in (64, 1 << 16, 1 << 16):
+            ops.choose(ops.LinearSpec.of(quantize(torch.ones(4, 64), "sym_int4", size)))
+    finally:
+        logger.removeHandler(caplog.handler)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("a sym_int4 Linear runs on the slow reference: cpu: the group size is above 32768")
