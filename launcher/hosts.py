@@ -13,8 +13,8 @@ from .errors import LaunchError
 _HOST = r"\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
 _ENTRY = re.compile(rf"(?:{_HOST})(?::(?P<ranks>\d+))?")
 # DeepSpeed and Open MPI write `host slots=2`; Hydra writes `host:2`, and may say more behind it (binding=...).
-_SLOTS = re.compile(r"(slots|max[-_]slots)\s*=\s*(\d+)")
-_OTHER = re.compile(r"[A-Za-z_]+\s*=\s*\S+")
+_SLOTS = re.compile(r"(?<![\w-])slots\s*=\s*(\S+)")
+_OTHER = re.compile(r"[A-Za-z_-]+\s*=\s*\S+")
 
 MOST_RANKS = 1024  # on one host; more is a slip of the finger
 
@@ -42,12 +42,15 @@ def parse_hostfile(text: str, name: str, each: int | None) -> tuple[Host, ...]:
         words = line.partition("#")[0].strip()
         if not words:
             continue
-        entry, _, more = words.partition(" ")
+        entry, more = [*words.split(maxsplit=1), ""][:2]
         where = f"line {number} of {name}"
-        slots = dict(_SLOTS.findall(more)).get("slots")
-        if _OTHER.sub("", more).strip():
+        slots = _SLOTS.findall(more)
+        if _OTHER.sub("", more).strip() or len(slots) > 1 or not all(re.fullmatch("[0-9]+", text) for text in slots):
             raise LaunchError(f"{where} is {words!r}; expected host slots=2 or host:2")
-        found.append(_entry(entry, each if slots is None else int(slots), where))
+        host = _entry(entry, int(slots[0]) if slots else each, where)
+        if slots and host.ranks != int(slots[0]):
+            raise LaunchError(f"{where} is {words!r}, which says both {host.ranks} ranks and {slots[0]}; keep one")
+        found.append(host)
     return _merge(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -131,6 +132,17 @@ def number(name: str, text: str, low: int, high: int) -> int:
     if not low <= value <= high:
         raise LaunchError(f"{name} {text} is out of range: expected {low} to {high}")
     return value
+
+
+def command(name: str, text: str) -> list[str]:
+    """Return the words of an option that is a command; LaunchError for none, or for quotes that do not close."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise LaunchError(f"{name} {text} is no command ({error})") from None
+    if not words:
+        raise LaunchError(f"{name} is empty; expected a command such as `ssh -p 2222`")
+    return words
 
 
 def seconds(text: str) -> float:

@@ -101,7 +101,10 @@ def make_cast(options: argparse.Namespace, machine: Machine, hosts: Sequence[Hos
         raise LaunchError("--instances goes with one host and the style local")
     # One that starts all hosts from here takes them all to be like this one; the largest number fits all.
     local = (max(counts) if hosts else counts[node]) * groups
-    slots, shown = place(options, machine, local)
+    try:
+        slots, shown = place(options, machine, local)
+    except LaunchError as error:
+        raise (LaunchError(f"--instances {groups} makes {local} ranks: {error}") if groups > 1 else error) from None
     names = tuple(host.name for host in hosts)
     master = options.master_addr or (given.nodes[0] if given else master_of(tuple(hosts), own_names()) if hosts else "")
     if not master and len(counts) > 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .hosts import Host, own_names
 from .job import Command
-from .options import without
+from .options import command, without
 
 # What a host is told of this one's environment beyond -x and --env. Tokens are not among it: they would stand in the
 # list of processes.
@@ -51,7 +51,7 @@ def host_commands(
         words += kept if "-m" in kept else [*kept, "--"]
         argv = [sys.executable, "-c", _start(), *words, *rest]
         if host.name not in here:
-            argv = [*shlex.split(ssh), host.name, _remote_line(argv, environ)]
+            argv = [*command("--ssh", ssh), host.name, _remote_line(argv, environ)]
         commands.append(
             Command(
                 name=host.name,

@@ -20,6 +20,13 @@ BAD = {
     "-n over nodes": (
         ["-n", "9", "--bind", "numa", "--dry-run", "--topology", "snc4.txt", "ok.py"], "8 NUMA nodes can be used here"),
     "bind": (["-n", "1", "--bind", "l3", "ok.py"], "invalid choice: 'l3'"),
+    "instances over cores": (["-n", "2", "--instances", "99", "ok.py"], "--instances 99 makes 198 ranks: -n 198"),
+    "instances of hosts": (["--hosts", "a:2", "--instances", "2", "ok.py"], "--hosts and --instances exclude"),
+    "ssh": (["--hosts", "a:2", "--ssh", "ssh 'x", "ok.py"], "--ssh ssh 'x is no command (No closing quotation)"),
+    "ssh empty": (["--hosts", "a:2", "--ssh", "", "ok.py"], "--ssh is empty; expected a command"),
+    "no hostfile": (["--hostfile", "none", "ok.py"], "--hostfile none cannot be read"),
+    "hostfile": (["--hostfile", "ok.py", "ok.py"], "line 1 of ok.py is"),
+    "auto word": (["-n", "autos", "ok.py"], "-n autos is no whole number"),
     "style": (["-n", "1", "--style", "ssh", "ok.py"], "invalid choice: 'ssh'"),
     "unknown option": (["-n", "1", "--binds", "core", "ok.py"], "--binds"),
     "nothing to run": (["-n", "1"], "nothing to run"),

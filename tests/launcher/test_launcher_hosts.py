@@ -19,6 +19,7 @@ AB = [Host("a", 2), Host("b", 3)]
 HOSTFILES = [
     ("a slots=2\nb slots=3\n", AB),  # DeepSpeed
     ("# the machines\na slots=2 max_slots=4\n\nb slots=3 # the new one\n", AB),  # Open MPI
+    ("a\tslots=2\r\n  b \t slots = 3 max-slots=9", AB),
     ("a:2\nb:3 binding=user:0,1,2\n", AB),  # Hydra
     ("b:1\na\na\nb\nb", [Host("b", 3), Host("a", 2)]),  # -n 1 each; repeated hosts add up
     ("[fe80::1]:2\n10.0.0.1:1", [Host("fe80::1", 2), Host("10.0.0.1", 1)]),
@@ -54,9 +55,15 @@ def test_bad_hosts(text: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_a_bad_line_of_a_hostfile_is_named() -> None:
-    with pytest.raises(LaunchError, match="line 2 of file is 'b 3'; expected host slots=2 or host:2"):
-        parse_hostfile("a:1\nb 3\n", "file", None)
+@pytest.mark.parametrize("line", ["b 3", "b slots=two", "b slots=-2", "b slots=1 slots=2", "b c slots=2", "b slots="])
+def test_a_bad_line_of_a_hostfile_is_named(line: str) -> None:
+    with pytest.raises(LaunchError, match=f"line 2 of file is '{line}'; expected host slots=2 or host:2"):
+        parse_hostfile(f"a:1\n{line}\n", "file", None)
+
+
+def test_two_numbers_of_ranks_are_refused() -> None:
+    with pytest.raises(LaunchError, match="line 1 of file is 'a:2 slots=3', which says both 2 ranks and 3; keep one"):
+        parse_hostfile("a:2 slots=3", "file", None)
 
 
 def test_the_master_is_an_address_that_all_reach() -> None:
