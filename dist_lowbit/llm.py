@@ -51,17 +51,18 @@ def optimize(
 
     sample_inputs and deployment_mode are accepted: there is nothing to trace. cache_weight_for_large_batch too: one
     layout serves prefill and decode. optimizer, qconfig_summary_file, low_precision_checkpoint and a model in training
-    mode are a UsageError, as is a device other than "cpu".
+    mode are a UsageError. device: where the result runs: "cpu", or one of torch's ("cuda", "xpu:1"), for models of
+    known families, on the decoder of torch operations; `model` itself lies on the cpu.
     """
-    _refuse(model, optimizer, device, qconfig_summary_file, low_precision_checkpoint)
+    _refuse(model, optimizer, qconfig_summary_file, low_precision_checkpoint)
     if cache_weight_for_large_batch:
         logger.info("cache_weight_for_large_batch needs no second copy here: one layout serves prefill and decode")
-    mode = mode_here(dtype)
+    mode = mode_here(dtype, device=device)
     recipe = _recipe(quantization_config, mode.dtype)
     return _optimize(model if inplace else copy.deepcopy(model), recipe, group, mode)
 
 
-def _refuse(model: Any, optimizer: Any, device: str, summary: Any, checkpoint: Any) -> None:
+def _refuse(model: Any, optimizer: Any, summary: Any, checkpoint: Any) -> None:
     """Raise UsageError for what cannot be honoured."""
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError("optimize takes the eager model; this one is traced already")
@@ -71,8 +72,6 @@ def _refuse(model: Any, optimizer: Any, device: str, summary: Any, checkpoint: A
         raise UsageError("optimize is for inference; an optimizer was given, and low-bit weights cannot be trained")
     if model.training:
         raise UsageError("this model is in training mode; call model.eval() before optimize")
-    if torch.device(device).type != "cpu":
-        raise UsageError(f"device is {device!r}; optimize runs on the cpu")
     if summary is not None:
         raise UsageError(
             "qconfig_summary_file tells static activation ranges; activations are quantized dynamically here"

@@ -48,8 +48,9 @@ def optimize_model(
 
     Further keywords: torch_dtype (of activations and unquantized tensors, default float32), group_size, compute
     ("int8" or "fp32"), decoder ("auto", "native", "torch", "off"), kv_cache_dtype ("auto", "fp32", "fp16", "bf16",
-    "int8"). Others are a UsageError. The model gains `save_low_bit(directory)`. Unknown formats and NaN or Inf weights
-    are a FormatError. Cost: one pass over the weights; peak memory the model plus one matrix.
+    "int8"), device ("cpu"; "cuda", "xpu:1" and the like for known families, on the decoder of torch operations: the
+    result lies there). Others are a UsageError. The model gains `save_low_bit(directory)`. Unknown formats and NaN or
+    Inf weights are a FormatError. Cost: one pass over the weights; peak memory the model plus one matrix.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize_model takes an nn.Module; this is a {type(model).__name__}")
@@ -62,8 +63,9 @@ def load_low_bit(model: nn.Module, model_path: str | Path, *, group: Group | Non
     """Load a directory of save_low_bit into a model of the same architecture, and return it.
 
     model: from low_memory_init, or loaded the ordinary way. group: the ranks to split over, whatever number of ranks
-    saved; all must call together. Keywords: torch_dtype, compute, decoder, kv_cache_dtype, optimize_llm. Damage or a
-    directory of another model is a CheckpointError; a directory that is no low-bit checkpoint a UsageError.
+    saved; all must call together. Keywords: torch_dtype, compute, decoder, kv_cache_dtype, device, optimize_llm (see
+    optimize_model). Damage or a directory of another model is a CheckpointError; a directory that is no low-bit
+    checkpoint a UsageError.
     """
     optimize_llm = kwargs.pop("optimize_llm", True)
     mode = switched(_optimize.mode_options(kwargs, "load_low_bit"), optimize_llm)
@@ -126,7 +128,7 @@ def init_inference(
     checkpoint: a directory or hub id of model files or of a low-bit checkpoint, or DeepSpeed's description of files;
     each rank reads its own part only. save_mp_checkpoint_path: save_low_bit there; it loads at any number of ranks.
     mp_size, tp, max_out_tokens, min_out_tokens and what optimize_model takes (group_size, compute, decoder,
-    kv_cache_dtype) are accepted; another name, or a value that asks for CUDA kernels, is a UsageError.
+    kv_cache_dtype, device) are accepted; another name, or a value that asks for CUDA kernels, is a UsageError.
 
     Returns an engine whose `module` is the model, in place. All ranks must call together.
     """

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from torch import nn
 
@@ -58,14 +59,15 @@ class _LowBitAuto:
         process was started with, a number also checks how many they are, a Group is used as it is, None is one
         rank; all ranks must call together. cpu_embedding: accepted; embeddings are on the CPU already. Without a
         format, and with no ranks to split over, Hugging Face's own from_pretrained answers. Further keywords:
-        torch_dtype, group_size, compute, decoder, kv_cache_dtype; optimize_model=False keeps Hugging Face's forward.
+        torch_dtype, group_size, compute, decoder, kv_cache_dtype, device (or device_map, of one device for all);
+        optimize_model=False keeps Hugging Face's forward.
         """
         if load_in_4bit and load_in_low_bit not in (None, "sym_int4"):
             raise UsageError(f"load_in_4bit means sym_int4, but load_in_low_bit is {load_in_low_bit!r}; give one")
         low_bit = "sym_int4" if load_in_4bit else load_in_low_bit
         if low_bit is not None:
             lookup(low_bit)  # a wrong name is told before anything is read
-        group, local_rank = join_ranks(tensor_parallel)
+        group, local_rank = join_ranks(tensor_parallel, _renamed(kwargs).get("device"))
         directory = resolve_together(str(pretrained_model_name_or_path), group, local_rank, revision)
         if is_checkpoint(directory):
             if low_bit is not None:
@@ -103,7 +105,7 @@ class _LowBitAuto:
         **kwargs: Any,
     ) -> nn.Module:
         """Load a directory written by save_low_bit or convert; anything else is a UsageError. See from_pretrained."""
-        group, local_rank = join_ranks(tensor_parallel)
+        group, local_rank = join_ranks(tensor_parallel, _renamed(kwargs).get("device"))
         directory = resolve_together(str(pretrained_model_name_or_path), group, local_rank)
         return cls._load(require_checkpoint(directory), group, optimize_model, trust_remote_code, kwargs)
 
@@ -123,10 +125,15 @@ def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
     result = dict(kwargs)
     if "dtype" in result:  # transformers' newer name
         result["torch_dtype"] = result.pop("dtype")
-    for harmless in ("low_cpu_mem_usage", "use_cache", "device_map"):
-        if harmless == "device_map" and result.get(harmless) not in (None, "cpu", "auto"):
-            raise UsageError(f"device_map is {result[harmless]!r}; expected cpu or auto")
+    for harmless in ("low_cpu_mem_usage", "use_cache"):
         result.pop(harmless, None)
+    device_map = result.pop("device_map", None)
+    if device_map is not None and device_map != "auto":
+        if isinstance(device_map, dict) and set(device_map) == {""}:
+            device_map = device_map[""]
+        if not isinstance(device_map, (str, torch.device)):
+            raise UsageError(f"device_map is {device_map!r}; expected auto, or one device for the whole model")
+        result.setdefault("device", device_map)
     return result
 
 

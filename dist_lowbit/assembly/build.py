@@ -20,7 +20,7 @@ from dist_lowbit.parallel.experts import ExpertStack, LowBitExperts
 from dist_lowbit.parallel.plan import Heads
 from dist_lowbit.quantize import Recipe
 
-from .decode import use_decoder
+from .decode import require_decoder, use_decoder
 from .mode import Mode
 from .progress import track
 from .target import Target
@@ -162,6 +162,7 @@ def build(
     mode: how it runs; the project's attention and silu are always used where heads are cut. Peak memory: this rank's
     part, plus one matrix.
     """
+    require_decoder(model, target, mode)
     cut = target.plan.tp > 1 and target.family is not None
     if cut and target.family is not None and target.family.own_decoder and not mode.optimize_llm:
         raise PlanError(

@@ -15,7 +15,7 @@ from dist_lowbit.decoder.native import NativeDecoder
 from dist_lowbit.decoder.program import Program
 from dist_lowbit.decoder.step import Executor
 from dist_lowbit.decoder.torch_decoder import TorchDecoder
-from dist_lowbit.ops import limit_torch
+from dist_lowbit.ops import limit_torch, usable_device
 
 from .bare import BareForCausalLM
 from .mode import Mode
@@ -24,19 +24,20 @@ from .target import Target
 _EXECUTORS: dict[str, Any] = {"native": NativeDecoder, "torch": TorchDecoder}  # in order of preference
 
 
-def choose_executor(program: Program, mode: Mode, device: str = "cpu") -> Executor:
+def choose_executor(program: Program, mode: Mode) -> Executor:
     """Return the first executor that takes a program, or the one that the mode names.
 
-    A UsageError has every reason where none does. Falling back from the compiled one is said.
+    A UsageError has every reason where none does. Falling back from the compiled one is said, where it could be there.
     """
+    kind = usable_device(mode.device).type
     names = list(_EXECUTORS) if mode.decoder == "auto" else [mode.decoder]
     reasons: list[str] = []
     for name in names:
-        why = _EXECUTORS[name].why_not(program, mode.cache_name, device)
+        why = _EXECUTORS[name].why_not(program, mode.cache_name, kind)
         if why is None:
-            for refusal in reasons:
+            for refusal in reasons if kind == "cpu" else ():
                 logger.warning("the decoder runs on %s operations: %s", name, refusal)
-            chosen: Executor = _EXECUTORS[name](program)
+            chosen: Executor = _EXECUTORS[name](program, mode.device)
             return chosen
         reasons.append(f"{name}: {why}")
     raise UsageError("no decoder takes this model: " + "; ".join(reasons))
@@ -53,16 +54,46 @@ def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> N
     try:
         program = build_program(model, target.family, target.plan, group)
     except PlanError as error:
-        if mode.decoder != "auto" or needed is not None:
+        if mode.decoder != "auto" or needed is not None or not _on_cpu(mode):
             raise
         logger.warning("Hugging Face's forward runs this model, slower than the decoder: %s", error)
         return
     parent, _, leaf = target.family.names.base.rpartition(".")
+    check_group(group, mode)
     executor = choose_executor(program, mode)
     if executor.name == "native":
         limit_torch()  # both pools spin after their loops: two full ones on the same cores slow each other
     original = model.get_submodule(target.family.names.base)
-    setattr(model.get_submodule(parent), leaf, FusedBackbone(original, program, executor, mode.cache_name, needed))
+    setattr(model.get_submodule(parent), leaf, FusedBackbone(original, executor, mode.cache_name, needed))
+    if not _on_cpu(mode):
+        # The rest of the model, for its head, for generate() and for what Hugging Face's forward still does.
+        model.get_submodule(
+            f"{target.family.names.base}.{target.family.names.embed}"
+        ).weight = executor.program.embed.weight
+        model.to(executor.device)
+
+
+def check_group(group: Group, mode: Mode) -> None:
+    """Refuse a group that does not add tensors where they are to be."""
+    kind = usable_device(mode.device).type
+    if group.size > 1 and kind not in group.device_types:
+        raise UsageError(
+            f"device is {mode.device!r}, and the group {group.name} adds tensors on {', '.join(group.device_types)} "
+            "alone; set DIST_LOWBIT_BACKEND to nccl for cuda, to xccl for xpu"
+        )
+
+
+def require_decoder(model: nn.Module, target: Target, mode: Mode) -> None:
+    """Refuse another device than the cpu for a model that Hugging Face's forward would run."""
+    if target.family is None and not _on_cpu(mode):
+        raise UsageError(
+            f"device is {mode.device!r}, where models of known families run alone, and {type(model).__name__} is of "
+            "none; leave device out"
+        )
+
+
+def _on_cpu(mode: Mode) -> bool:
+    return usable_device(mode.device).type == "cpu"
 
 
 def _no_fallback(model: nn.Module, target: Target) -> str | None:

@@ -96,7 +96,10 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             "cpu",
             "auto",
         }:
-            raise UsageError(f"device_map is {device_map}; a low-bit checkpoint loads on the cpu")
+            raise UsageError(
+                f"device_map is {device_map}; transformers itself loads a low-bit checkpoint on the cpu; "
+                "dist_lowbit.transformers takes device="
+            )
 
     def is_serializable(self) -> bool:
         """Say that save_pretrained does not write this model; save_low_bit does."""

@@ -103,7 +103,7 @@ def split_model(
     save_path: str | Path | None = None,
 ) -> InferenceEngine:
     """Split and quantize a live model, or one on meta from a checkpoint; save it where asked. All ranks together."""
-    group, local_rank = join_ranks(read_tensor_parallel(tensor_parallel))
+    group, local_rank = join_ranks(read_tensor_parallel(tensor_parallel), mode.device)
     empty = any(value.is_meta for value in model.parameters())
     if checkpoint is not None:
         directory = resolve_together(checkpoint_path(checkpoint, base_dir), group, local_rank)

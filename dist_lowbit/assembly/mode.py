@@ -10,6 +10,7 @@ import torch
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.settings import CHOICES, check_choice, settings
 from dist_lowbit.formats import cast_name
+from dist_lowbit.ops import usable_device
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,25 @@ class Mode:
     dtype: of activations and of every tensor that is not quantized. compute: what integer formats' activations are
     rounded to, "int8" or "fp32". decoder: "native" (compiled), "torch" (torch operations, any device), "auto" (the
     first that takes the model), "off" (Hugging Face's forward over low-bit Linears). kv_cache_dtype: of the decoder's
-    cache, fp32, fp16, bf16 or int8; "auto" is the one of activations.
+    cache, fp32, fp16, bf16 or int8; "auto" is the one of activations. device: where weights and cache lie and steps
+    run: "cpu", or one of torch's, such as "cuda" or "xpu:1", which the decoder of torch operations alone runs on.
     """
 
     dtype: torch.dtype = torch.float32
     compute: str = "int8"
     decoder: str = "auto"
     kv_cache_dtype: str = "auto"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in CHOICES:
             check_choice(name, name, getattr(self, name))
+        if usable_device(self.device).type != "cpu" and self.decoder not in ("auto", "torch"):
+            what = "the compiled decoder" if self.decoder == "native" else "Hugging Face's forward over low-bit Linears"
+            raise UsageError(
+                f"device is {self.device!r}, and {what} runs on the cpu; choose decoder='torch' (and optimize_llm), or "
+                "leave device out"
+            )
 
     @property
     def optimize_llm(self) -> bool:
@@ -54,12 +63,20 @@ def as_dtype(value: Any) -> torch.dtype:
 
 
 def mode_here(
-    torch_dtype: Any = None, compute: str | None = None, decoder: str | None = None, kv_cache_dtype: str | None = None
+    torch_dtype: Any = None,
+    compute: str | None = None,
+    decoder: str | None = None,
+    kv_cache_dtype: str | None = None,
+    device: str | torch.device | None = None,
 ) -> Mode:
     """Return a mode with what is not given filled in from the settings."""
     own = settings()
     return Mode(
-        as_dtype(torch_dtype), compute or own.compute, decoder or own.decoder, kv_cache_dtype or own.kv_cache_dtype
+        as_dtype(torch_dtype),
+        compute or own.compute,
+        decoder or own.decoder,
+        kv_cache_dtype or own.kv_cache_dtype,
+        "cpu" if device is None else str(device),
     )
 
 

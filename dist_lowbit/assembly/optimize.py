@@ -24,7 +24,7 @@ from .target import linears, make_target
 from .together import together
 from .weights import ModelWeights
 
-_MODE = ("torch_dtype", "compute", "decoder", "kv_cache_dtype")
+_MODE = ("torch_dtype", "compute", "decoder", "kv_cache_dtype", "device")
 _OPTIONS = (*_MODE, "group_size")
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dist_lowbit.comm import Group, SingleGroup, init_group
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.rank import current
+from dist_lowbit.core.settings import settings
+from dist_lowbit.ops import usable_device
+
+# What adds tensors on another device than the cpu.
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 
 
-def join_ranks(tensor_parallel: int | str | Group | None) -> tuple[Group, int]:
+def join_ranks(tensor_parallel: int | str | Group | None, device: str | None = None) -> tuple[Group, int]:
     """Return the group to split over, and this process's rank within its host.
 
     "auto" or True joins the ranks that this process was started with; a number also checks how many they are; a
-    Group is taken as it is; None, False or 1 is one rank. All ranks must call together.
+    Group is taken as it is; None, False or 1 is one rank. device: where the model will lie, for a backend that adds
+    there; one that DIST_LOWBIT_BACKEND names comes first. All ranks must call together.
     """
     if tensor_parallel is None or tensor_parallel is False or (tensor_parallel is not True and tensor_parallel == 1):
         return SingleGroup(), 0
@@ -26,4 +32,6 @@ def join_ranks(tensor_parallel: int | str | Group | None) -> tuple[Group, int]:
                 f"tensor_parallel is {tensor_parallel}, but this job has {info.world_size} rank(s); "
                 f"start it with dist-lowbit run -n {tensor_parallel}"
             )
-    return init_group(rank_info=info), info.local_rank
+    kind = usable_device(device or "cpu").type
+    backend = _BACKENDS.get(kind, "auto") if settings().backend == "auto" and info.world_size > 1 else "auto"
+    return init_group(backend=backend, rank_info=info), info.local_rank

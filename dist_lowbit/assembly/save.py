@@ -150,10 +150,10 @@ def _write_live(model: nn.Module, state: LowBitState, directory: Path, names: Se
         name = item.name.removesuffix(".weight")
         module, split = model.get_submodule(name), splits[name]
         if isinstance(module, (LowBitLinear, ExpertStack)):
-            local = module.unpack()
+            local = _on_cpu(module.unpack())
         else:
             assert isinstance(module, ParallelEmbedding)
-            values = module.weight.detach()
+            values = module.weight.detach().cpu()
             assert item.format is not None
             local = PackedWeight.from_tensors(item.format, (values.shape[0], values.shape[1]), -1, {"values": values})
 
@@ -167,19 +167,24 @@ def _write_live(model: nn.Module, state: LowBitState, directory: Path, names: Se
 
     def tensor(item: Item) -> Callable[[int, int], torch.Tensor]:
         if item.name in others:
-            value = others[item.name].detach()
+            value = others[item.name].detach().cpu()
             return lambda a, b: value
         name = item.name.removesuffix(".bias")
         module, split = model.get_submodule(name), splits[name]
-        bias = module.bias
-        assert isinstance(bias, torch.Tensor)
+        assert isinstance(module.bias, torch.Tensor)
+        bias = module.bias.detach().cpu()
         if split.axis != 0:
-            return lambda a, b: bias.detach()
+            return lambda a, b: bias
         held = split.ranges[rank]
-        return lambda a, b: bias.detach()[_local_offset(held, a, b) :][: b - a]
+        return lambda a, b: bias[_local_offset(held, a, b) :][: b - a]
 
     items = _live_items(model, state)
     return write_items(directory, names, [rank], items, packed, tensor)
+
+
+def _on_cpu(weight: PackedWeight) -> PackedWeight:
+    tensors = {name: tensor.cpu() for name, tensor in weight.tensors().items()}
+    return PackedWeight.from_tensors(weight.format, weight.shape, weight.group_size, tensors)
 
 
 def save_low_bit(model: nn.Module, directory: str | Path) -> None:

@@ -143,7 +143,7 @@ def run(what: Run, group: Group, mode: Mode, read_bytes: int | None = None) -> I
 
 def own_loop(model: nn.Module) -> LoopRunner:
     """Return the decoder's own loop over a model, or one over its forward where Hugging Face's runs it."""
-    if any(isinstance(module, FusedBackbone) for module in model.children()):
+    if any(isinstance(module, FusedBackbone) for module in model.modules()):
         backbone = backbone_of(model)
         clock = getattr(backbone.executor, "times", None)  # only the compiled one knows
         return LoopRunner(f"decoder {backbone.executor.name}", DecodeLoop(backbone), clock)

@@ -141,7 +141,7 @@ class _Stamps(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.at.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class GenerateRunner:
@@ -157,7 +157,7 @@ class GenerateRunner:
 
     def run(self, prompts: Prompts, new: int) -> Times:
         """Generate (see Runner)."""
-        ids, clock = torch.tensor(prompts), _Stamps()
+        ids, clock = torch.tensor(prompts, device=self._model.device), _Stamps()
         criteria = StoppingCriteriaList([clock])
         began = time.perf_counter()
         with torch.inference_mode():

@@ -33,6 +33,7 @@ def decode(
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
     decoder: Annotated[str | None, typer.Option(help="native, torch, auto, or off: Hugging Face's forward.")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the decoder's cache: fp32, fp16, bf16, int8.")] = None,
+    device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
     peer: Annotated[str | None, typer.Option(help="llama.cpp: also measure it, in turns (extra bench).")] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each way to run.")] = 3,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Say where each rank's time goes.")] = False,
@@ -40,9 +41,9 @@ def decode(
 ) -> None:
     """Measure a whole model: time to first token, time between tokens, memory (see benchmarks/README.md)."""
     choice("--peer", peer, ["llama.cpp"])
-    check_settings()
+    check_settings(device)
     _check_threads(threads, tp)
-    code = launch_ranks(tp, bind, context.obj, "--tp")
+    code = launch_ranks(tp, bind, context.obj, "--tp", device)
     if code is not None:
         raise typer.Exit(code)
 
@@ -55,8 +56,8 @@ def decode(
         *(shape, low_bit, group_size, threads or ops.plan_here().count, prompt, new, batch, peer is not None, rounds),
         breakdown=breakdown,
     )
-    mode = mode_here(decoder=decoder, kv_cache_dtype=kv_cache_dtype)
-    group, _ = join_ranks("auto")
+    mode = mode_here(decoder=decoder, kv_cache_dtype=kv_cache_dtype, device=device)
+    group, _ = join_ranks("auto", device)
     with group:
         lines = list(run(what, group, mode))
         if group.rank == 0 and as_json:

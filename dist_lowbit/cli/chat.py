@@ -34,21 +34,22 @@ def chat(
     temperature: Annotated[float, typer.Option(help="Flattens (above 1) or sharpens the distribution.")] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     bind: Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")] = "auto",
+    device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
     """Talk with a model: one line is one turn, an empty line or end of input ends."""
     sampling = Sampling(greedy, temperature, seed=seed)
     check_limit(max_new_tokens)
-    code = start_ranks(directory, ranks, bind, context.obj)
+    code = start_ranks(directory, ranks, bind, context.obj, device)
     if code is not None:
         raise typer.Exit(code)
 
     from dist_lowbit.assembly.ranks import join_ranks
     from dist_lowbit.engine.session import open_session
 
-    group, _ = join_ranks("auto")
+    group, _ = join_ranks("auto", device)
     with group:
-        session = open_session(directory, group, trust_remote_code=trust_remote_code)
+        session = open_session(directory, group, device=device, trust_remote_code=trust_remote_code)
         lines = Lines(sys.stdin.fileno()) if group.rank == 0 else None
         messages: list[dict[str, str]] = []
         while (line := _next_line(group, lines)) is not None:

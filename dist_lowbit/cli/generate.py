@@ -34,12 +34,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     bind: Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+    device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
     """Generate text from a prompt, and say how fast."""
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     check_limit(max_new_tokens)
-    code = start_ranks(directory, ranks, bind, context.obj)
+    code = start_ranks(directory, ranks, bind, context.obj, device)
     if code is not None:
         raise typer.Exit(code)
 
@@ -48,9 +49,9 @@ def generate(
     from dist_lowbit.engine.generate import generate as run
     from dist_lowbit.engine.session import open_session
 
-    group, _ = join_ranks("auto")
+    group, _ = join_ranks("auto", device)
     with group:
-        session = open_session(directory, group, trust_remote_code=trust_remote_code)
+        session = open_session(directory, group, device=device, trust_remote_code=trust_remote_code)
         leader = group.rank == 0
         ids = encode(session, prompt)
 

@@ -9,17 +9,18 @@ from pathlib import Path
 from dist_lowbit.core.errors import UsageError
 
 
-def start_ranks(directory: Path, ranks: int | None, bind: str, words: Sequence[str]) -> int | None:
+def start_ranks(directory: Path, ranks: int | None, bind: str, words: Sequence[str], device: str = "cpu") -> int | None:
     """Run a command line once per rank through the launcher and return its exit code; None where this process is one.
 
     directory: the low-bit language model to run. ranks: what -n said. words: the command line; the ranks read the same.
-    Rank 0 has this terminal. What does not fit is a UsageError, before anything heavy is imported or started.
+    device: cpu, or what each rank is shown one of. Rank 0 has this terminal. What does not fit is a UsageError, before
+    anything heavy is imported or started.
     """
-    check_settings()
+    check_settings(device)
     _check_model(directory)
     if ranks is not None and not started():
         _check_ranks(directory, ranks)
-    return launch_ranks(ranks, bind, words)
+    return launch_ranks(ranks, bind, words, device=device)
 
 
 def started() -> bool:
@@ -29,7 +30,9 @@ def started() -> bool:
     return discover(os.environ).source != "none"
 
 
-def launch_ranks(ranks: int | None, bind: str, words: Sequence[str], option: str = "-n") -> int | None:
+def launch_ranks(
+    ranks: int | None, bind: str, words: Sequence[str], option: str = "-n", device: str = "cpu"
+) -> int | None:
     """Run a command line once per rank (see start_ranks); `option` is the name under which ranks were asked for."""
     from dist_lowbit.core.rank import discover
 
@@ -45,19 +48,23 @@ def launch_ranks(ranks: int | None, bind: str, words: Sequence[str], option: str
 
     from dist_lowbit.launcher.__main__ import main as launch
 
-    return launch(["-n", str(ranks or 1), "--bind", bind, "--no-prefix", "-m", "dist_lowbit.cli", *words])
+    shown = device.partition(":")[0]
+    return launch(
+        ["-n", str(ranks or 1), "--bind", bind, "--device", shown, "--no-prefix", "-m", "dist_lowbit.cli", *words]
+    )
 
 
-def check_settings() -> None:
-    """Refuse settings that only a rank would meet, after seconds of loading."""
+def check_settings(device: str = "cpu") -> None:
+    """Refuse settings and a device that only a rank would meet, after seconds of loading."""
     from dist_lowbit.comm.backends import BACKENDS
     from dist_lowbit.core.native import native
     from dist_lowbit.core.settings import settings
-    from dist_lowbit.ops import isas
+    from dist_lowbit.ops import isas, usable_device
 
     given = settings()
     if given.backend not in ("auto", *BACKENDS):
         raise UsageError(f"DIST_LOWBIT_BACKEND is {given.backend!r}; expected auto, {', '.join(BACKENDS)}")
+    usable_device(device)
     native()  # raises for a library that was asked for by name and does not open
     if given.isa != "auto":
         isas()  # raises for an instruction set that is unknown or that this CPU lacks

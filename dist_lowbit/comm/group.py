@@ -19,10 +19,15 @@ class Group(Protocol):
     """Ranks that call the same collectives in the same order, from one thread at a time.
 
     All ranks of the group call each method together, with the same dtype, sizes, `dim` and `source`; another call by
-    one of them is a CommError that names it. Tensors are on the CPU. `timeout` (seconds, else the group's own)
+    one of them is a CommError that names it. Tensors are on one of `device_types`. `timeout` (seconds, else its own)
     bounds how long a peer may be silent. A dead or silent peer is a CommError naming the rank; the group is lost
     then, and every later call raises.
     """
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        """Where tensors may be: the types of torch devices, "cpu" first."""
+        ...
 
     @property
     def rank(self) -> int:

@@ -7,6 +7,7 @@ old one's children under their names, so a checkpoint looks the same.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +49,13 @@ class FusedBackbone(nn.Module):
     def __init__(
         self,
         original: nn.Module,
-        program: Program,
         executor: Executor,
         kv_cache_dtype: str,
         no_fallback: str | None = None,
     ) -> None:
-        """no_fallback: why Hugging Face's own forward cannot run here, None where it can."""
+        """Run the program of `original`, which an executor holds. no_fallback: why Hugging Face's own forward cannot
+        run here, None where it can.
+        """
         super().__init__()
         for name, child in original.named_children():
             self.add_module(name, child)
@@ -63,15 +65,15 @@ class FusedBackbone(nn.Module):
             self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
         self._original = (original,)  # in a tuple, which nn.Module does not look into: no second set of names
         self.config: Any = original.config
-        self.program, self.executor, self.kv_cache_dtype = program, executor, kv_cache_dtype
+        self.program, self.executor, self.kv_cache_dtype = executor.program, executor, kv_cache_dtype
         self._no_fallback = no_fallback
         self._told: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedBackbone:
         """Copy modules and program, which share their tensors, and let an executor of the same kind run the copy."""
         original, program = copy.deepcopy((self._original[0], self.program), memo)
-        executor = type(self.executor)(program)  # type: ignore[call-arg]
-        return FusedBackbone(original, program, executor, self.kv_cache_dtype, self._no_fallback)
+        executor = type(self.executor)(program, str(self.executor.device))  # type: ignore[call-arg]
+        return FusedBackbone(original, executor, self.kv_cache_dtype, self._no_fallback)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +83,17 @@ class FusedBackbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return where the weights are."""
-        return self._original[0].device  # type: ignore[return-value]
+        return self.executor.device
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedBackbone:
+        """Refuse to be moved: prepacked weights and a cache that lie elsewhere than the executor reads them."""
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
+            raise UsageError(
+                f"this model runs on {self.device} and cannot be moved to {device}; name the device where it is made, "
+                "as device= of from_pretrained, optimize_model or load_low_bit"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding."""
@@ -113,7 +125,7 @@ class FusedBackbone(nn.Module):
         keep = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         cache = past_key_values if past_key_values is not None else DynamicCache()
         kept, mask = _masks(attention_mask, given.shape[0], given.shape[1], cache.get_seq_length())
-        batch = batch_of(cache) or adopt(cache, self.program, self.kv_cache_dtype, kept)
+        batch = batch_of(cache) or adopt(cache, self.program, self.kv_cache_dtype, kept, self.device)
         _check_batch(batch, kept)
         hidden = self._run(batch, input_ids, inputs_embeds, _positions(position_ids, batch, mask, self.program), mask)
         return FusedOutput(
@@ -133,22 +145,23 @@ class FusedBackbone(nn.Module):
         counts = mask.sum(dim=1).tolist()
         present = [row for row, count in enumerate(counts) if count]
         batch.append(mask)
-        hidden = torch.zeros(rows, width, self.program.lm_head.in_features)
+        hidden = torch.zeros(rows, width, self.program.lm_head.in_features, device=self.device)
         if not present:
             return hidden
-        begins = torch.tensor([0, *(counts[row] for row in present)]).cumsum(0)
+        begins = torch.tensor([0, *(counts[row] for row in present)], device="cpu").cumsum(0)
+        lengths = [batch.blocks.lengths[row] for row in present]
         step = Step(
-            ids=None if ids is None else ids[mask].to(torch.int32),
-            embeds=None if embeds is None else embeds[mask].float(),
+            ids=None if ids is None else ids.cpu()[mask].to(torch.int32),
+            embeds=None if embeds is None else embeds.cpu()[mask].float(),
             positions=positions[mask].to(torch.int32),
             row_begin=begins.to(torch.int32),
-            lengths=torch.tensor([batch.blocks.lengths[row] for row in present], dtype=torch.int32),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device="cpu"),
             table=batch.blocks.table(present),
-            wanted=torch.arange(int(begins[-1])),
+            wanted=torch.arange(int(begins[-1]), device="cpu"),
             store=batch.blocks.store,
         )
         try:
-            hidden[mask] = self.executor.step(step, logits=False)
+            hidden[mask.to(self.device)] = self.executor.step(step, logits=False)
         except BaseException:
             batch.crop(width)  # what the step did not compute is not in the cache
             raise
@@ -183,15 +196,16 @@ class FusedBackbone(nn.Module):
 
 
 def _masks(given: torch.Tensor | None, rows: int, width: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which positions are real: of the cache, bool [B, seen], and of the input, bool [B, T]."""
+    """Return which positions are real: of the cache, bool [B, seen], and of the input, bool [B, T]; on the cpu."""
     if given is None:
-        return torch.ones(rows, seen, dtype=torch.bool), torch.ones(rows, width, dtype=torch.bool)
+        real = torch.ones(rows, seen + width, dtype=torch.bool, device="cpu")
+        return real[:, :seen], real[:, seen:]
     if given.shape != (rows, seen + width):
         raise UsageError(
             f"attention_mask has shape {list(given.shape)}; expected {[rows, seen + width]}: the tokens of the "
             "cache and of the input"
         )
-    real = given.bool()
+    real = given.cpu().bool()
     return real[:, :seen], real[:, seen:]
 
 
@@ -206,10 +220,10 @@ def _check_batch(batch: PagedBatch, kept: torch.Tensor) -> None:
 
 
 def _positions(given: torch.Tensor | None, batch: PagedBatch, mask: torch.Tensor, program: Program) -> torch.Tensor:
-    """Return the position of every input token, int64 [B, T]: as given, or as Hugging Face counts them."""
+    """Return the position of every input token, int64 [B, T], on the cpu: as given, or as Hugging Face counts them."""
     if given is not None:
-        return given.expand(mask.shape)
+        return given.cpu().expand(mask.shape)
     if program.mask_positions:
         before = batch.kept.sum(dim=1, keepdim=True)
         return (before + mask.cumsum(dim=1) - 1).clamp(min=0)
-    return torch.arange(batch.seen, batch.seen + mask.shape[1]).expand(mask.shape)
+    return torch.arange(batch.seen, batch.seen + mask.shape[1], device="cpu").expand(mask.shape)

@@ -15,11 +15,12 @@ FIRST_BLOCKS = 16
 class BlockTables:
     """The sequences of one batch over one store, which grows by half when its blocks run out.
 
-    Sequences may share blocks (beams, repeats): a block is copied before one of them writes into it. lengths[s]: the
-    tokens that sequence s has in the cache. Not safe for use by several threads.
+    The store lies on `device`, the tables on the cpu. Sequences may share blocks (beams, repeats): a block is copied
+    before one of them writes into it. lengths[s]: the tokens that sequence s has in the cache. Not safe for use by
+    several threads.
     """
 
-    def __init__(self, program: Program, dtype: str, device: str = "cpu") -> None:
+    def __init__(self, program: Program, dtype: str, device: str | torch.device = "cpu") -> None:
         self.store = KvStore.of(program, 0, dtype, device)
         self.lengths: list[int] = []
         self._tables: list[list[int]] = []
@@ -64,12 +65,13 @@ class BlockTables:
         """Return the block table of some sequences: int32 [S, longest], 0 beyond a sequence's own."""
         chosen = [self._tables[s] for s in sequences]
         longest = max((len(table) for table in chosen), default=0)
-        return torch.tensor([table + [0] * (longest - len(table)) for table in chosen], dtype=torch.int32)
+        return torch.tensor([table + [0] * (longest - len(table)) for table in chosen], dtype=torch.int32, device="cpu")
 
     def slots(self, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where the tokens of a sequence lie: block and slot of each, int64 [length]."""
-        at = torch.arange(self.lengths[sequence])
-        return torch.tensor(self._tables[sequence], dtype=torch.int64)[at // BLOCK_SLOTS], at % BLOCK_SLOTS
+        at = torch.arange(self.lengths[sequence], device="cpu")
+        table = torch.tensor(self._tables[sequence], dtype=torch.int64, device="cpu")
+        return table[at // BLOCK_SLOTS], at % BLOCK_SLOTS
 
     def _own(self, table: list[int], index: int) -> None:
         old, new = table[index], self._take()

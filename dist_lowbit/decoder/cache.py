@@ -21,12 +21,12 @@ from .program import Program
 class PagedBatch:
     """The cache of one batch: block tables per row, and which of the padded positions are real.
 
-    kept: bool [B, seen], True where a padded position holds a token of the row.
+    kept: bool [B, seen], True where a padded position holds a token of the row; on the cpu, as all that only counts.
     """
 
-    def __init__(self, program: Program, dtype: str, device: str = "cpu") -> None:
+    def __init__(self, program: Program, dtype: str, device: str | torch.device = "cpu") -> None:
         self.blocks = BlockTables(program, dtype, device)
-        self.kept = torch.zeros(0, 0, dtype=torch.bool)
+        self.kept = torch.zeros(0, 0, dtype=torch.bool, device="cpu")
 
     @property
     def seen(self) -> int:
@@ -41,7 +41,7 @@ class PagedBatch:
     def start(self, rows: int) -> None:
         """Begin anew with empty rows."""
         self.blocks.start(rows)
-        self.kept = torch.zeros(rows, 0, dtype=torch.bool)
+        self.kept = torch.zeros(rows, 0, dtype=torch.bool, device="cpu")
 
     def append(self, kept: torch.Tensor) -> None:
         """Make room for new padded positions, bool [B, T]."""
@@ -65,7 +65,7 @@ class PagedBatch:
         store = self.blocks.store
         keys, values = store.keys[layer], store.values[layer]
         shape = (self.rows, keys.shape[1], self.seen)
-        out = (torch.zeros(*shape, keys.shape[3], dtype=dtype), torch.zeros(*shape, values.shape[3], dtype=dtype))
+        out = tuple(torch.zeros(*shape, kind.shape[3], dtype=dtype, device=kind.device) for kind in (keys, values))
         scales = (store.key_scales, store.value_scales)
         for row in range(self.rows):
             block, slot = self.blocks.slots(row)
@@ -75,7 +75,7 @@ class PagedBatch:
                 if scale:
                     numbers = numbers * scale[layer][block, :, slot].float()[..., None]
                 target[row][:, at] = numbers.to(dtype).transpose(0, 1)
-        return out
+        return out[0], out[1]
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store a layer's padded keys and values [B, kv heads, seen, D], as Hugging Face computed them."""
@@ -88,7 +88,7 @@ class PagedBatch:
             block, slot = self.blocks.slots(row)
             at = self.kept[row].nonzero()[:, 0]
             for target, source in ((store.keys[layer], keys), (store.values[layer], values)):
-                target[block, :, slot] = source[row][:, at].transpose(0, 1).to(target.dtype)
+                target[block, :, slot] = source[row][:, at].transpose(0, 1).to(target)
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -169,7 +169,9 @@ def batch_of(cache: Cache) -> PagedBatch | None:
     return first.batch if isinstance(first, PagedLayer) else None
 
 
-def adopt(cache: Cache, program: Program, dtype: str, kept: torch.Tensor) -> PagedBatch:
+def adopt(
+    cache: Cache, program: Program, dtype: str, kept: torch.Tensor, device: str | torch.device = "cpu"
+) -> PagedBatch:
     """Make a cache the decoder's own, in place; the tokens that it holds come along.
 
     kept: bool [B, tokens in the cache], which of them are no padding. A cache that is not dynamic is a UsageError.
@@ -180,7 +182,7 @@ def adopt(cache: Cache, program: Program, dtype: str, kept: torch.Tensor) -> Pag
                 f"the decoder takes a DynamicCache, and this one has {type(layer).__name__}; leave "
                 "cache_implementation and past_key_values out, or load with optimize_llm=False"
             )
-    batch = PagedBatch(program, dtype)
+    batch = PagedBatch(program, dtype, device)
     batch.start(kept.shape[0])
     held = cache.get_seq_length()
     if held:

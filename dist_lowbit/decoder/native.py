@@ -47,9 +47,10 @@ class NativeDecoder:
 
     name = "native"
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, device: str = "cpu") -> None:
         """Take a program that `why_not` has no objection to; else a UsageError. Holds on to its tensors."""
-        why = self.why_not(program, "fp32", "cpu")
+        self.device = torch.device(device)
+        why = self.why_not(program, "fp32", self.device.type)
         library = compiled_library()
         if why is not None or library is None:
             raise UsageError(f"the compiled decoder does not take this model: {why}")
@@ -90,7 +91,7 @@ class NativeDecoder:
         width = program.vocab if logits else program.hidden
         if not logits and program.final_project is not None:
             width = program.final_project.out_features
-        out = torch.empty(step.wanted.numel(), width)
+        out = torch.empty(step.wanted.numel(), width, device="cpu")
         c, alive = self._of_store(step.store)
         self._check_shapes(step)
         given = [_whole(t, torch.int32) for t in (step.positions, step.row_begin, step.lengths, step.table)]
@@ -155,7 +156,7 @@ class NativeDecoder:
                 known = self._angles[index]
                 if known is None or known[0].shape[0] <= highest:
                     count = max(_FIRST_POSITIONS, 2 * (highest + 1))
-                    known = rope_table(rope, torch.arange(count), torch.tensor([0, count]))
+                    known = rope_table(rope, torch.arange(count, device="cpu"), torch.tensor([0, count], device="cpu"))
                     self._angles[index] = known
                 cos, sin = known
             alive += [cos.contiguous(), sin.contiguous()]

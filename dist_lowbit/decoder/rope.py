@@ -40,7 +40,7 @@ def make_rope(config: Any, head_dim: int, interleaved: bool, dim: int = 0) -> Ro
 
 def plain_rope(dim: int, interleaved: bool, base: float) -> Rope:
     """Return the rotary embedding of the paper (Su et al., 2021): frequencies base^(-2i / dim)."""
-    inverse = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    inverse = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
     return Rope(dim, interleaved, inverse)
 
 
@@ -81,7 +81,7 @@ def rope_table(rope: Rope, positions: torch.Tensor, row_begin: torch.Tensor) -> 
     know its neighbours. On the cpu.
     """
     angle = positions.cpu().float()[:, None] * rope.inv_freq.cpu()
-    factor = torch.full((positions.numel(), 1), rope.scaling, dtype=torch.float32)
+    factor = torch.full((positions.numel(), 1), rope.scaling, dtype=torch.float32, device="cpu")
     if rope.dynamic is not None:
         begins = row_begin.tolist()
         for start, stop in itertools.pairwise(begins):
@@ -102,6 +102,7 @@ def alibi_slopes(heads: int, highest: float = 8.0) -> torch.Tensor:
     lower = 2 ** math.floor(math.log2(heads))
 
     def slopes(count: int) -> torch.Tensor:
-        return torch.tensor([2.0 ** (-highest * i / count) for i in range(1, count + 1)], dtype=torch.float64)
+        powers = [2.0 ** (-highest * i / count) for i in range(1, count + 1)]
+        return torch.tensor(powers, dtype=torch.float64, device="cpu")
 
     return torch.cat([slopes(lower), slopes(2 * lower)[::2]])[:heads].float()

@@ -33,7 +33,7 @@ class KvStore:
     value_scales: list[torch.Tensor]
 
     @classmethod
-    def of(cls, program: Program, blocks: int, dtype: str = "fp32", device: str = "cpu") -> KvStore:
+    def of(cls, program: Program, blocks: int, dtype: str = "fp32", device: str | torch.device = "cpu") -> KvStore:
         """Allocate a store of `blocks` blocks; an unknown dtype is a UsageError."""
         if dtype not in KV_DTYPES:
             raise UsageError(f"kv_cache_dtype is {dtype!r}; expected one of {', '.join(KV_DTYPES)}")
@@ -93,9 +93,14 @@ class Step:
 
 
 class Executor(Protocol):
-    """Runs steps of one program. All ranks of the program's group must call together, with the same rows."""
+    """Runs steps of one program. All ranks of the program's group must call together, with the same rows.
+
+    A step's own tensors lie on the cpu, its store and the result on `device`.
+    """
 
     name: str
+    program: Program
+    device: torch.device
 
     @staticmethod
     def why_not(program: Program, store_dtype: str, device: str) -> str | None:

@@ -36,9 +36,10 @@ class TorchDecoder:
 
     def __init__(self, program: Program, device: str = "cpu", plain: bool = False) -> None:
         """plain: use torch's own norms, activations and attention on the cpu, too."""
-        self.device = torch.device(device)
-        self.program = placed(program, self.device) if self.device.type != "cpu" else program
-        self.steps: Steps = PlainSteps() if plain or self.device.type != "cpu" else FixedSteps()
+        elsewhere = torch.device(device).type != "cpu"
+        self.program = placed(program, torch.device(device)) if elsewhere else program
+        self.device = self.program.embed.weight.device
+        self.steps: Steps = PlainSteps() if plain or elsewhere else FixedSteps()
 
     @staticmethod
     def why_not(program: Program, store_dtype: str, device: str) -> str | None:

@@ -128,6 +128,7 @@ def generate(
     clock = _Clock(session.tokenizer, on_text)
     started = time.perf_counter()
     with torch.inference_mode():
+        ids = ids.to(model.device)  # type: ignore[arg-type]
         output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)  # type: ignore[operator]
     tokens = output[0, ids.shape[1] :].tolist()
     _agree(session, tokens)

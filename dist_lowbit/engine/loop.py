@@ -15,7 +15,7 @@ from dist_lowbit.decoder.step import Step
 
 def backbone_of(model: nn.Module) -> FusedBackbone:
     """Return the fused backbone of a model; a UsageError where Hugging Face's forward runs it."""
-    for module in model.children():
+    for module in model.modules():
         if isinstance(module, FusedBackbone):
             return module
     raise UsageError(f"{type(model).__name__} does not run on the fused decoder; load it with optimize_llm=True")
@@ -29,7 +29,7 @@ class DecodeLoop:
 
     def __init__(self, backbone: FusedBackbone) -> None:
         self._executor = backbone.executor
-        self._blocks = BlockTables(backbone.program, backbone.kv_cache_dtype)
+        self._blocks = BlockTables(backbone.program, backbone.kv_cache_dtype, backbone.device)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Begin anew: run the prompts in one step and return the token that follows each."""

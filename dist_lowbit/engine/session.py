@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from dist_lowbit.assembly.load import load_low_bit
+from dist_lowbit.assembly.mode import mode_here
 from dist_lowbit.assembly.paths import require_checkpoint
 from dist_lowbit.assembly.skeleton import class_of, empty_model, read_config
 from dist_lowbit.assembly.together import together
@@ -27,15 +28,15 @@ class Session:
     group: Group
 
 
-def open_session(path: str | Path, group: Group, *, trust_remote_code: bool = False) -> Session:
-    """Load a low-bit checkpoint with its tokenizer, split over the group. All ranks must call together."""
+def open_session(path: str | Path, group: Group, *, device: str = "cpu", trust_remote_code: bool = False) -> Session:
+    """Load a low-bit checkpoint with its tokenizer, split over the group, on a device. All ranks must call together."""
     limit_torch()  # this process is ours: the cores belong to the kernels' own pool
     with together(group):
         directory = require_checkpoint(path)
         config = read_config(directory, trust_remote_code)
         tokenizer = _tokenizer(directory, trust_remote_code)
         model = empty_model(class_of(config), config, directory, trust_remote_code)
-    return Session(load_low_bit(model, directory, group=group), tokenizer, group)
+    return Session(load_low_bit(model, directory, group=group, mode=mode_here(device=device)), tokenizer, group)
 
 
 def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:

@@ -8,6 +8,7 @@
 `isas`, `active_isa`, `select_isa` and `limit_torch` are for doctor, tests and whoever owns the process.
 """
 
+from .devices import usable_device
 from .kernel import KERNELS, choose, kernel, place
 from .library import active_isa, isas, library, select_isa
 from .linear import linear
@@ -29,5 +30,6 @@ __all__ = [
     "place",
     "plan_here",
     "select_isa",
+    "usable_device",
     "whole_cuts",
 ]

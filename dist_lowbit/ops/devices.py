@@ -6,13 +6,30 @@ from dataclasses import replace
 
 import torch
 
-from dist_lowbit.core.errors import KernelError
+from dist_lowbit.core.errors import KernelError, UsageError
 from dist_lowbit.formats import PackedWeight, dequantize
 
 from .reference import Reference
 from .spec import LinearSpec, mismatch
 
 _TILE = 1 << 25  # weights that are dequantized at a time
+_KINDS = ("cuda", "xpu")  # what torch.ops.dist_lowbit.linear is registered for, beside the cpu
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """Return the device of that name; a UsageError says which ones torch has here, if it is none of them."""
+    found = {kind: getattr(torch, kind).device_count() for kind in _KINDS if getattr(torch, kind).is_available()}
+    have = ", ".join(["cpu", *(kind if count == 1 else f"{kind}:0 to {count - 1}" for kind, count in found.items())])
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device is {name!r}; torch {torch.__version__} has {have} here") from error
+    if device.type != "cpu" and (device.index or 0) >= found.get(device.type, 0):
+        raise UsageError(
+            f"device is {str(device)!r}, and torch {torch.__version__} has {have} here; "
+            "install a torch for it, see that its driver shows it, or leave device out"
+        )
+    return device
 
 
 class Dequantized(Reference):

@@ -51,7 +51,7 @@ def _check(status: int, what: str) -> None:
 
 def _apply(lib: ctypes.CDLL, rows: CRowsIn, x: torch.Tensor, width: int) -> torch.Tensor:
     """Run dlb_rows_apply over x as rows of `width` contiguous numbers; `rows` holds the rest."""
-    wide, out = x.float().contiguous(), torch.empty(x.shape, dtype=torch.float32)
+    wide, out = x.float().contiguous(), torch.empty(x.shape, dtype=torch.float32, device=x.device)
     rows.x, rows.x_stride, rows.up_stride, rows.k = wide.data_ptr(), width, width, width
     rows.m = wide.numel() // width if width else 0
     into = CRowsOut(y=out.data_ptr(), y_stride=width)
@@ -133,7 +133,8 @@ def _route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Ten
     if lib is None:
         return arithmetic.route(logits.float(), top_k, normalize)
     wide, (m, experts) = logits.float().contiguous(), logits.shape
-    ids, weights = torch.empty(m, top_k, dtype=torch.int32), torch.empty(m, top_k)
+    ids = wide.new_empty(m, top_k, dtype=torch.int32)
+    weights = wide.new_empty(m, top_k)
     status = lib.dlb_route(
         wide.data_ptr(), experts, m, experts, top_k, int(normalize), ids.data_ptr(), top_k, weights.data_ptr(), top_k
     )

@@ -162,11 +162,11 @@ class Reference:
         }
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % 64)
-        lead = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+        lead = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)  # on the cpu
         pieces = [lead]
         for tensor in weight.tensors().values():
             raw = _as_bytes(tensor.cpu())
-            pieces += [raw, torch.zeros(-raw.numel() % 64, dtype=torch.uint8)]
+            pieces += [raw, raw.new_zeros(-raw.numel() % 64)]
         device = next(iter(weight.tensors().values())).device
         return torch.cat(pieces).to(device)
 

@@ -45,7 +45,7 @@ class ParallelEmbedding(nn.Module):
         return self._scaled(self.group.all_reduce(rows))
 
     def _scaled(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
+        return rows if self.scale == 1.0 else rows * rows.new_tensor(self.scale)
 
     def extra_repr(self) -> str:
         """Describe the layer in a module's printout."""

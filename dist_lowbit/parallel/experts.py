@@ -23,11 +23,11 @@ _NATIVE = "cpu"  # the kernel whose weights the compiled sum over experts takes
 
 def _packed(weight: PackedWeight, experts: int, spec: ops.LinearSpec, kernel: ops.Kernel) -> torch.Tensor:
     """Return uint8 [experts, bytes]: every expert's rows of a stacked weight, prepacked alone."""
-    packed = torch.empty(0, 0, dtype=torch.uint8)
+    packed = torch.empty(0, 0, dtype=torch.uint8, device="cpu")
     for expert in range(experts):
         own = kernel.prepack(weight.split(0, expert * spec.n, (expert + 1) * spec.n), spec)
         if expert == 0:
-            packed = torch.empty(experts, own.numel(), dtype=torch.uint8)
+            packed = own.new_empty(experts, own.numel())
         packed[expert] = own
     return packed
 
@@ -63,9 +63,13 @@ class ExpertStack(nn.Module):
 
     def place(self, device: torch.device) -> None:
         """Move the stack to a device (see LowBitLinear.place), expert by expert."""
-        placed = [ops.place(self.expert(index), self.spec, device) for index in range(self.experts)]
-        self.spec, self.kernel = placed[0][:2]
-        self.packed = torch.stack([packed for _, _, packed in placed])
+        spec, kernel, packed = self.spec, self.kernel, self.packed.new_empty(0)
+        for index in range(self.experts):
+            spec, kernel, own = ops.place(self.expert(index), self.spec, device)
+            if index == 0:
+                packed = own.new_empty(self.experts, own.numel())
+            packed[index] = own
+        self.spec, self.kernel, self.packed = spec, kernel, packed
 
     def unpack(self) -> PackedWeight:
         """Return this rank's stacked weight in its portable form, exactly as it was given."""
