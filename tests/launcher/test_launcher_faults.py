@@ -42,6 +42,7 @@ def test_stubborn_ranks_are_killed_after_the_grace(launch: Launch) -> None:
     assert all(map(gone, pids))
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_ended_too(launch: Launch) -> None:
     process = launch.start("-n", "2", "--grace", "0.2", launch.script(STUBBORN))
     pids = launch.pids(2)
@@ -76,7 +77,7 @@ def test_a_crash_shows_where(launch: Launch) -> None:
     assert "Fatal Python error: Segmentation fault" in done.stderr
 
 
-@pytest.mark.parametrize("code", [42, 3])
+@pytest.mark.parametrize("code", [42, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_exit_code_is_the_ranks(launch: Launch, code: int) -> None:
     done = launch("-n", "2", launch.script(f"sys.exit({code}) if rank else time.sleep(60)"))
     assert done.returncode == code
@@ -122,6 +123,7 @@ def test_a_lost_peer_is_told_by_code_or_last_words(end: End, last_words: list[st
     assert lost_a_peer(end, last_words) is lost
 
 
+@pytest.mark.slow
 def test_a_slow_cause_is_waited_for(launch: Launch) -> None:
     # Rank 0 ends at once with the error about rank 1, which takes longer than the usual window to end.
     script = launch.script(

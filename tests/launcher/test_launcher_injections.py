@@ -102,9 +102,10 @@ def seeds(count: int) -> Iterator[random.Random]:
     return (random.Random(seed) for seed in range(count))
 
 
-def test_twenty_ranks_that_die_at_random_moments(launch: Launch) -> None:
+@pytest.mark.parametrize("number", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_ranks_that_die_at_random_moments(launch: Launch, number: int) -> None:
     script = launch.script(SLEEPS)
-    for draw in seeds(20):
+    for draw in seeds(number):
         case = Case(launch, draw, ("kill", "raise"), script)
         time.sleep(draw.uniform(0, 0.1))  # before Python runs, while it starts, in the loop
         case.strike()

@@ -256,8 +256,8 @@ with open("who" + rank, "w") as f:
 """
 
 
-# DeepSpeed takes seconds to import itself.
-STYLES = [pytest.param(name, marks=[pytest.mark.slow] if name == "deepspeed" else []) for name in RUNNERS]
+# torch and DeepSpeed take seconds to be imported.
+STYLES = [pytest.param(name, marks=[pytest.mark.slow] if name in ("torchrun", "deepspeed") else []) for name in RUNNERS]
 
 
 @pytest.mark.parametrize("style", STYLES)
