@@ -158,7 +158,8 @@ def build(
 ) -> nn.Module:
     """Turn a model, live or on meta, into this rank's low-bit one, in place, and return it.
 
-    kept: planned Linears to leave as they are; where the plan cuts them they become casts of their own dtype.
+    kept: planned Linears to leave as they are; where the plan cuts them, or the decoder reads them, they become casts
+    of their own dtype: held once, in the layout of the kernels.
     mode: how it runs; the project's attention and silu are always used where heads are cut. Peak memory: this rank's
     part, plus one matrix.
     """
@@ -169,7 +170,7 @@ def build(
             f"Hugging Face's forward of {target.family.model_type} cannot run on a part of the heads; "
             f"leave optimize_llm on, or run on one rank"
         )
-    left = frozenset() if cut else kept
+    left = frozenset() if cut or (target.family is not None and mode.optimize_llm) else kept
     experts = f"{target.family.names.experts}." if target.family is not None and target.family.names.experts else None
     todo = [
         (name, split)

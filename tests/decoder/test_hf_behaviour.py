@@ -238,3 +238,12 @@ def test_bad_input(case: str, fused: LlamaForCausalLM) -> None:
     call, text = BAD[case]
     with torch.inference_mode(), pytest.raises((UsageError, IndexError), match=text):
         call(fused)
+
+
+def test_a_kept_linear_is_held_once(plain: LlamaForCausalLM) -> None:
+    """What the decoder reads is the module that Hugging Face's head calls and that is saved."""
+    model: Any = optimize_model(copy.deepcopy(plain), "sym_int4", modules_to_not_convert=["lm_head", "o_proj"])
+    program = model.model.program
+    assert program.lm_head is model.lm_head
+    assert program.layers[0].attention.o is model.model.layers[0].self_attn.o_proj
+    assert {program.lm_head.format, program.layers[0].attention.o.format} == {"fp32"}
