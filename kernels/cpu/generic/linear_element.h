@@ -1,6 +1,6 @@
 // The Linear of floating-point elements and fp32 activations for any vector ISA with FMA. For inclusion within an
-// anonymous namespace of an ISA file, after linear_affine.h; V also provides kElementTokens, fma and
-// element(Const<kind>, p).
+// anonymous namespace of an ISA file, after linear_affine.h; V also provides kElementTokens, fma,
+// element(Const<kind>, p) and alternates(kind), with what belongs to it (avx2_base.h).
 
 template <class V, int Kind, int Tokens>
 struct ElementTile {
@@ -54,10 +54,52 @@ struct ElementTile {
         }
     }
 
+    // The same for one token, with the even rows in the sums of the first half and the odd ones in the other's.
+    static constexpr bool kAlternates = Tokens == 1 && kHalves == 2 && V::alternates(Kind);
+
+    template <int S, int Count>
+    DLB_INLINE void step_alternating(const uint8_t* elements, int64_t k, Sums& sums) const {
+        if constexpr (S < Count) {
+            constexpr bool kTwo = S + 1 < Count;
+            typename V::I bytes;
+            if constexpr (kTwo)
+                bytes = V::load(elements + S * kStep);
+            else
+                bytes = V::load_row(elements + S * kStep);
+            const auto even = V::template alternate<0>(bytes), odd = V::template alternate<1>(bytes);
+            const F here = V::set1_f(x[0][k + S]);
+            sums[0][S][0] = V::fma(V::first(even), here, sums[0][S][0]);
+            sums[1][S][0] = V::fma(V::first(odd), here, sums[1][S][0]);
+            if constexpr (kTwo) {
+                const F next = V::set1_f(x[0][k + S + 1]);
+                sums[0][S + 1][0] = V::fma(V::second(even), next, sums[0][S + 1][0]);
+                sums[1][S + 1][0] = V::fma(V::second(odd), next, sums[1][S + 1][0]);
+            }
+            step_alternating<S + 2, Count>(elements, k, sums);
+        }
+    }
+
+    template <int Count>
+    DLB_INLINE void steps(const uint8_t* elements, int64_t k, Sums& sums) const {
+        if constexpr (kAlternates)
+            step_alternating<0, Count>(elements, k, sums);
+        else
+            step<0, 0, Count>(elements, k, sums);
+    }
+
+    // The four sums of each token as one, in the first.
+    template <int T>
+    DLB_INLINE void join(F (&sums)[kSums][Tokens]) const {
+        if constexpr (T < Tokens) {
+            sums[0][T] = V::add(V::add(sums[0][T], sums[1][T]), V::add(sums[2][T], sums[3][T]));
+            join<T + 1>(sums);
+        }
+    }
+
     template <int T>
     DLB_INLINE void add_tokens(const F (&sums)[kSums][Tokens], F scale, F (&acc)[Tokens]) const {
         if constexpr (T < Tokens) {
-            F sum = V::add(V::add(sums[0][T], sums[1][T]), V::add(sums[2][T], sums[3][T]));
+            F sum = sums[0][T];
             if (w.scale_type != DLB_SCALE_NONE) sum = V::mul(sum, scale);
             acc[T] = V::add(acc[T], sum);
             add_tokens<T + 1>(sums, scale, acc);
@@ -71,8 +113,11 @@ struct ElementTile {
     }
 
     template <int Half, int H>
-    DLB_INLINE void add_halves(int64_t block, const Sums& sums, F (&acc)[kHalves][Tokens]) const {
+    DLB_INLINE void add_halves(int64_t block, Sums& sums, F (&acc)[kHalves][Tokens]) const {
         if constexpr (H < kTogether) {
+            if constexpr (H == 0) join<0>(sums[0]);
+            if constexpr (H == 0 && kTogether == 2) join<0>(sums[1]);
+            if constexpr (H == 0 && kAlternates) V::in_order(sums[0][0][0], sums[1][0][0]);
             const int64_t index = block * w.scale_step * kPanelRows + (Half + H) * V::kLanes;
             add_tokens<0>(sums[H], scale_at(index), acc[Half + H]);
             add_halves<Half, H + 1>(block, sums, acc);
@@ -90,11 +135,11 @@ struct ElementTile {
             for (; at + kSums <= end; at += kSums, elements += kSums * kStep) {
                 if (stream && Half == 0)
                     for (int i = 0; i < kSums * kStep; i += kLineBytes) __builtin_prefetch(elements + i + V::kPrefetch);
-                step<0, 0, kSums>(elements, at, sums);
+                steps<kSums>(elements, at, sums);
             }
-            if (end - at == 1) step<0, 0, 1>(elements, at, sums);
-            if (end - at == 2) step<0, 0, 2>(elements, at, sums);
-            if (end - at == 3) step<0, 0, 3>(elements, at, sums);
+            if (end - at == 1) steps<1>(elements, at, sums);
+            if (end - at == 2) steps<2>(elements, at, sums);
+            if (end - at == 3) steps<3>(elements, at, sums);
             add_halves<Half, 0>(block, sums, acc);
             add_block<Half + kTogether>(block, k, end, acc);
         }

@@ -84,6 +84,7 @@ struct Avx512 {
         const __m256i keep = _mm256_set1_epi16(static_cast<short>(0xbfff));
         return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), keep));
     }
+    static constexpr bool alternates(int) { return false; }
     static inline F element(Const<DLB_FP16>, const uint8_t* p) { return scale16(p); }
     static inline F element(Const<DLB_BF16>, const uint8_t* p) {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
