@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from dist_lowbit.core.errors import CommError
-from dist_lowbit.core.log import logger
 from dist_lowbit.core.rank import RankInfo
 
 from .base import BaseGroup
@@ -23,11 +21,11 @@ from .calls import ALL_REDUCE, CODES
 from .interface import own_address
 from .meeting import Exchange, Meeting
 from .messages import Call, MessageGroup, Tensors, Works
+from .notes import Notes
 from .peers import Peer, has_ended, is_stopped, open_pidfd
 from .single import SingleGroup
 
-NOTE_TIMEOUT = 2.0  # seconds for a last word over the store, whose host may be gone
-
+NEWS = 0.5  # seconds for an answer of the store, whose host may be gone
 
 # Seconds that rank 0, in whose process the store lives, stays after it gave up because of another: the others, who wait
 # for rank 0 perhaps, then find that one dead and not rank 0, or read the note.
@@ -35,13 +33,20 @@ LINGER = 0.5
 
 
 class GlooGroup(MessageGroup):
-    """Ranks over gloo. An interrupt (Ctrl-C) is seen only when the current wait ends."""
+    """Ranks over gloo. An interrupt (Ctrl-C) is seen only when the current wait ends.
+
+    gloo's waits cannot be looked after (one that is asked about too early has failed), so the peers and their notes are
+    examined when a wait has failed.
+    """
 
     name = "gloo"
 
-    def __init__(self, rank: int, peers: Sequence[Peer], timeout: float, store: Any, address: str) -> None:
+    def __init__(
+        self, rank: int, peers: Sequence[Peer], timeout: float, store: Any, address: str, notes: Notes
+    ) -> None:
         super().__init__(rank, peers, timeout)
-        self._messages: Any = store
+        self._store_of_splits: Any = store
+        self._notes = notes
         self._address = address
         self._gloo: Any = join_gloo(rank, len(peers), timeout, store, address)
         self._splits = 0
@@ -60,14 +65,17 @@ class GlooGroup(MessageGroup):
     def connect(cls, meeting: Meeting, peers: Sequence[Peer], timeout: float) -> GlooGroup:
         meeting.exchange(None)  # gloo would wait a long time for a rank that has died since, and not name it
         store = PrefixStore("gloo", meeting.store)
-        return cls(meeting.info.rank, peers, timeout, store, own_address(meeting.info))
+        notes = Notes(store, meeting.info.rank, len(peers), meeting.hosted_by_rank_0)
+        return cls(meeting.info.rank, peers, timeout, store, own_address(meeting.info), notes)
 
     def _subgroup(self, rank: int, peers: Sequence[Peer], exchange: Exchange, label: str) -> BaseGroup:
         self._splits += 1
         if len(peers) == 1:
             return SingleGroup(self.timeout)
-        store = PrefixStore(f"split{self._splits}/{label}", self._messages)
-        return GlooGroup(rank, peers, self.timeout, store, self._address)
+        name = f"split{self._splits}/{label}"
+        notes = self._notes.among(name, rank, len(peers))
+        store = PrefixStore(name, self._store_of_splits)
+        return GlooGroup(rank, peers, self.timeout, store, self._address, notes)
 
     # ---- messages
 
@@ -144,24 +152,16 @@ class GlooGroup(MessageGroup):
         )
 
     def _note_of(self, rank: int) -> dict[str, Any] | None:
-        """Return what a rank wrote when it gave up. The store lives in rank 0 and may be gone with it."""
-        try:
-            key = f"left/{rank}"
-            return dict(json.loads(self._messages.get(key))) if self._messages.check([key]) else None
-        except RuntimeError as error:
-            logger.debug("no note of rank %d: %s", rank, _first_line(error))
-            return None
+        """Return what a rank wrote when it gave up."""
+        self._notes.refresh()
+        deadline = monotonic() + NEWS
+        while self._notes.asking and monotonic() < deadline:
+            sleep(0.002)
+        return self._notes.left.get(rank)
 
     def _leave(self) -> None:
         """Say why, then close the connections, so that nobody waits for this rank."""
-        patience = self._messages.timeout
-        self._messages.set_timeout(timedelta(seconds=NOTE_TIMEOUT))
-        try:
-            self._messages.set(f"left/{self.rank}", json.dumps({"message": self._lost, "rank": self._culprit}))
-        except RuntimeError as error:
-            logger.debug("no note left: %s", _first_line(error))
-        finally:
-            self._messages.set_timeout(patience)
+        self._notes.leave(str(self._lost), self._culprit)
         self._gloo.abort()
         if self.rank == 0 and self._culprit not in (None, 0):
             sleep(LINGER)
@@ -169,8 +169,9 @@ class GlooGroup(MessageGroup):
     def close(self) -> None:
         if not self._closed():
             self._finalizer()
+            self._notes.close()
             self._gloo = None
-            self._messages = None
+            self._store_of_splits = None
 
 
 def join_gloo(rank: int, size: int, timeout: float, store: Any, address: str) -> Any:
