@@ -61,6 +61,8 @@ def read_host_list(options: argparse.Namespace) -> tuple[Host, ...]:
     if len(given) > 1:
         first, second = (name.replace("_", "-") for name in given[:2])
         raise LaunchError(f"--{first} and --{second} exclude each other")
+    if options.ranks == "auto":
+        raise LaunchError("-n auto is for one host, or --nnodes of one kind; --hosts and --hostfile say it: a:2,b:2")
     each = None if options.ranks is None else number("-n", options.ranks, 1, MOST)
     if options.hosts is not None:
         return parse_hosts(options.hosts, each)

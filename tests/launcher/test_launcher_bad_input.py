@@ -26,6 +26,7 @@ BAD = {
     "ssh empty": (["--hosts", "a:2", "--ssh", "", "ok.py"], "--ssh is empty; expected a command"),
     "no hostfile": (["--hostfile", "none", "ok.py"], "--hostfile none cannot be read"),
     "hostfile": (["--hostfile", "ok.py", "ok.py"], "line 1 of ok.py is"),
+    "auto of hosts": (["-n", "auto", "--hosts", "a,b", "ok.py"], "-n auto is for one host, or --nnodes of one kind"),
     "auto word": (["-n", "autos", "ok.py"], "-n autos is no whole number"),
     "style": (["-n", "1", "--style", "ssh", "ok.py"], "invalid choice: 'ssh'"),
     "unknown option": (["-n", "1", "--binds", "core", "ok.py"], "--binds"),
