@@ -21,6 +21,7 @@ from dist_lowbit.parallel.plan import Heads
 from dist_lowbit.quantize import Recipe
 
 from .decode import require_decoder, use_decoder
+from .memory import give_back
 from .mode import Mode
 from .progress import track
 from .target import Target
@@ -79,6 +80,7 @@ def _swap_experts(model: nn.Module, target: Target, weights: Weights, group: Gro
             split = target.plan.splits[name]
             stacks.append(ExpertStack(weights.packed(name, split, group.rank), experts, split, group, compute))
         set_submodule(model, parent, LowBitExperts(stacks[0], stacks[1], activation, top_k))
+        give_back()
 
 
 def other_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -179,6 +181,7 @@ def build(
     ]
     for name, split in track(todo, "loading", group.rank):
         _swap(model, name, split, weights, group, mode.dtype, mode.compute)
+        give_back()
     _swap_experts(model, target, weights, group, mode.compute)
     _fill(model, weights, mode.dtype)
     if target.family is not None:

@@ -9,7 +9,7 @@ import torch
 from .program import Program
 from .step import BLOCK_SLOTS, KvStore
 
-FIRST_BLOCKS = 16
+FIRST_BLOCKS = 4  # 128 tokens: with 7 10^9 weights and fp32 keys a block takes 32 MiB
 
 
 class BlockTables:
@@ -39,8 +39,9 @@ class BlockTables:
         stop = start + tokens
         if tokens and start % BLOCK_SLOTS and self._users[table[start // BLOCK_SLOTS]] > 1:
             self._own(table, start // BLOCK_SLOTS)
-        while len(table) * BLOCK_SLOTS < stop:
-            table.append(self._take())
+        more = -(-stop // BLOCK_SLOTS) - len(table)
+        self._reserve(more)
+        table += [self._take() for _ in range(more)]
         self.lengths[sequence] = stop
 
     def shorten(self, sequence: int, length: int) -> None:
@@ -80,13 +81,17 @@ class BlockTables:
         self._drop(old)
         table[index] = new
 
-    def _take(self) -> int:
-        if not self._free:
-            have = self.store.blocks
-            want = max(FIRST_BLOCKS, have + have // 2)
+    def _reserve(self, blocks: int) -> None:
+        """Let so many blocks be free, growing once: all keys are copied."""
+        missing, have = blocks - len(self._free), self.store.blocks
+        if missing > 0:
+            want = max(FIRST_BLOCKS, have + have // 2, have + missing)
             self.store = self.store.grown(want)
             self._users += [0] * (want - have)
-            self._free = list(range(want - 1, have - 1, -1))
+            self._free = list(range(want - 1, have - 1, -1)) + self._free
+
+    def _take(self) -> int:
+        self._reserve(1)
         block = self._free.pop()
         self._users[block] = 1
         return block
