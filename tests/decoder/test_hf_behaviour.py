@@ -150,15 +150,16 @@ def test_beams_share_blocks_until_they_part(fused: LlamaForCausalLM) -> None:
     with torch.inference_mode():
         cache = fused(ids, use_cache=True).past_key_values
         batch = cache.layers[0].batch
-        before = batch.blocks.store.keys[0].data_ptr()
         cache.batch_repeat_interleave(3)
         assert batch.blocks.table([0, 1, 2]).unique().numel() == 3  # 70 tokens in blocks of 32, all shared
         tokens = torch.tensor([[3], [4], [5]])
         out = fused(tokens, past_key_values=cache).logits
         assert batch.blocks.table([0, 1, 2]).unique().numel() == 2 + 3
+        before = batch.blocks.store.keys[0].data_ptr()
         cache.reorder_cache(torch.tensor([2, 2, 0]))
-        more = fused(tokens, past_key_values=cache).logits
         assert batch.blocks.store.keys[0].data_ptr() == before
+        more = fused(tokens, past_key_values=cache).logits
+        assert batch.blocks.table([0, 1, 2]).unique().numel() == 2 + 3
         for row, path in enumerate([[5, 3], [5, 4], [3, 5]]):
             alone = fused(torch.cat([ids, torch.tensor([path])], 1)).logits
             assert torch.equal(more[row, -1], alone[0, -1])

@@ -135,7 +135,7 @@ def test_frequencies_that_go_by_the_length() -> None:
         ({"row_begin": [0, 2]}, "row_begin is"),
         ({"lengths": [2]}, "lengths are"),
         ({"lengths": [33]}, "lengths are"),
-        ({"table": [[99]]}, "a block beyond the 16 of the store"),
+        ({"table": [[99]]}, "a block beyond the 4 of the store"),
         ({"wanted": [1, 1]}, "wanted is"),
         ({"wanted": [3]}, "wanted is"),
         ({"ids": [3, 4]}, "ids holds 2, expected 3"),
