@@ -21,6 +21,8 @@ const char* codec_why_not(const dlb_linear_spec& s) {
     if (s.scale == DLB_SCALE_NONE) return "codes need scales";
     if (s.codec == DLB_TABLE && s.bits > 4) return "a table has more than 16 entries";
     if (s.codec == DLB_TABLE && s.offset != DLB_OFFSET_NONE) return "a table has no offset";
+    for (int i = 0; s.codec == DLB_TABLE && i < 16; ++i)
+        if (s.table[i] < -127) return "a table holds an integer below -127";
     if (s.compute != DLB_COMPUTE_INT8 && s.compute != DLB_COMPUTE_FP32) return "the kind of arithmetic is unknown";
     if (s.center < 0 || s.center > 255) return "the center code does not fit 8 bits";
     return nullptr;

@@ -123,3 +123,10 @@ def test_a_linear_that_no_compiled_kernel_takes_is_warned_of_once(
         logger.removeHandler(caplog.handler)
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("a sym_int4 Linear runs on the slow reference: cpu: the group size is above 32768")
+
+
+def test_a_table_has_no_integer_whose_negative_int8_lacks(library: ctypes.CDLL) -> None:
+    c_spec = _c_spec(spec("nf3"))
+    assert library.dlb_linear_why_not(ctypes.byref(c_spec)) is None
+    c_spec.table[3] = -128
+    assert b"below -127" in library.dlb_linear_why_not(ctypes.byref(c_spec))

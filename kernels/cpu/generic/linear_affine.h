@@ -56,6 +56,7 @@ DLB_INLINE typename V::I code_quad(const uint8_t* low, const uint8_t* high) {
 
 // What a tile multiplies by: the codes, or the entries of a table at the codes, of five or of eight bits.
 enum TileKind { kCodes, kTable5, kTable8 };
+constexpr int kEntryBits = 9;  // what a Dot knows the entries of eight bits by: never -128, as codes may be
 
 template <class V, int B0, int B1, TileKind Kind, int Tokens>
 struct AffineTile {
@@ -63,7 +64,7 @@ struct AffineTile {
     using F = typename V::F;
     static constexpr bool kTable = Kind != kCodes;
     static constexpr bool kSigned = (Kind == kTable8 || B0 == 8) && V::kSignedBytes;
-    using Dot = typename V::template Dot<Kind == kTable8 ? 8 : Kind == kTable5 ? 5 : B0 + B1, Tokens>;
+    using Dot = typename V::template Dot<Kind == kTable8 ? kEntryBits : Kind == kTable5 ? 5 : B0 + B1, Tokens>;
     static constexpr int kHalves = V::kHalves;
 
     const LinearView& w;

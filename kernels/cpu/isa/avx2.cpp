@@ -17,7 +17,7 @@ struct Avx2 : Base256 {
 
     // A pair of products is at most 2 * 127 * (2^bits - 1), so this many pairs fit an int16: 8 of 4 bits (30480),
     // 4 of 5 bits (31496), 2 of 6 bits (32004). Codes of 8 bits come signed: maddubs wants |c| and x with c's sign,
-    // one pair is at most 2 * 128 * 127 = 32512.
+    // one pair is at most 2 * 128 * 127 = 32512. Entries of a table (9) lie within +-127.
     template <int Bits, int Tokens>
     struct Dot {
         // Keep the compiler from adding in a tree, whose leaves would not fit the registers.
@@ -29,8 +29,13 @@ struct Avx2 : Base256 {
         inline void begin(I start) { wide = start; }
         template <int Q>
         inline __attribute__((always_inline)) void step(I w, I x) {
-            const I pairs = Bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
-                                      : _mm256_maddubs_epi16(w, x);
+            I pairs;
+            if constexpr (Bits == 9 && Tokens == 1)  // the absolute value of x serves both halves of a line
+                pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+            else if constexpr (Bits >= 8)
+                pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+            else
+                pairs = _mm256_maddubs_epi16(w, x);
             narrow = Q % kPairs == 0 ? pairs : _mm256_add_epi16(narrow, pairs);
             in_order(narrow);
             if constexpr (Q % kPairs == kPairs - 1) {
