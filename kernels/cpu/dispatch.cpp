@@ -108,6 +108,9 @@ const KernelTable& active_table() {
     return all.table[all.active.load(std::memory_order_relaxed)];
 }
 
+const FloatKernels& float_kernels() { return active_table().floats; }
+const KvKernels& kv_kernels() { return active_table().kv; }
+
 }  // namespace dlb
 
 DLB_API int dlb_abi_version(void) { return 6; }

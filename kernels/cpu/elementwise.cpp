@@ -13,9 +13,6 @@
 
 namespace dlb {
 
-// Every ISA above scalar has AVX2 and F16C.
-const FloatKernels& float_kernels() { return strcmp(active_table().name, "scalar") == 0 ? float_scalar : float_avx2; }
-
 namespace {
 
 // Less than this many numbers per task is not worth waking a thread for.

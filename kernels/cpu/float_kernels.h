@@ -46,7 +46,7 @@ struct FloatKernels {
 extern const FloatKernels float_scalar;
 extern const FloatKernels float_avx2;
 
-// The ones for the ISA that is active (dlb_isa_select).
+// The ones for the ISA that is active (dlb_isa_select): kernel_table.h.
 const FloatKernels& float_kernels();
 
 }  // namespace dlb

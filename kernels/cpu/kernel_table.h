@@ -4,6 +4,9 @@
 
 #include <stdint.h>
 
+#include "float_kernels.h"
+#include "kv_kernels.h"
+
 namespace dlb {
 
 constexpr int kPanelRows = 16;  // rows of N stored together
@@ -86,6 +89,8 @@ struct KernelTable {
     FloatFn linear_affine_fp32[kMaxBits + 1];
     FloatFn linear_table_fp32[kMaxBits + 1];
     ReadFn read_all;
+    FloatKernels floats;
+    KvKernels kv;
 };
 
 // Each ISA file defines `void fill_NAME(KernelTable&)`, which overwrites only the slots it is good at.

@@ -56,6 +56,8 @@ struct Avx2 : Base256 {
 void fill_avx2(KernelTable& table) {
     table.quantize = quantize_row;
     table.read_all = read_lines;
+    table.floats = float_avx2;
+    table.kv = kv_avx2;
     fill_affine<Avx2>(table);
     fill_element<Avx2>(table);
     fill_fp32<Avx2>(table);

@@ -114,7 +114,10 @@ struct Avx512 {
 
 }  // namespace
 
+void fill_attention(KernelTable& table);  // avx512_vnni.attention.cpp
+
 void fill_avx512_vnni(KernelTable& table) {
+    fill_attention(table);
     fill_affine<Avx512>(table);
     fill_element<Avx512>(table);
     fill_fp32<Avx512>(table);

@@ -276,6 +276,8 @@ void fill_scalar(KernelTable& table) {
     }
     for (int kind = 0; kind < kElements; ++kind) table.linear_element[kind] = linear_float<add_element_block>;
     table.read_all = read_all;
+    table.floats = float_scalar;
+    table.kv = kv_scalar;
 }
 
 }  // namespace dlb
