@@ -14,7 +14,7 @@
 namespace dlb {
 namespace {
 
-constexpr int64_t kAhead = 2 * kKeyTile;  // keys between those at work and those asked for
+constexpr int64_t kAhead = 4 * kKeyTile;  // keys between those at work and those asked for
 
 inline int64_t pad16(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t kv_bytes(int32_t kv_type) { return kv_type == DLB_KV_FP32 ? 4 : kv_type == DLB_KV_INT8 ? 1 : 2; }
@@ -224,19 +224,22 @@ class BlockRun {
         return args_.kv_type == DLB_KV_INT8 ? scales_at(scales, s) : nullptr;
     }
 
-    // Ask for keys or values from position j of the chunk on: blocks of a cache lie apart, where no prefetcher goes.
-    void ask_ahead(const void* base, const int64_t* stride, int64_t j, int64_t hi, int64_t width) const {
+    // Ask for a tile of keys or values from position j of the chunk on, into the L2 cache: blocks of a cache lie apart,
+    // where no prefetcher goes.
+    void ask_for(const void* base, const int64_t* stride, int64_t j, int64_t hi, int64_t width) const {
         if (j >= hi || stride[2] != width) return;
         const char* from = slot(base, stride, first_ + j);
         const int64_t bytes = std::min(kKeyTile, hi - j) * width * kv_bytes(args_.kv_type);
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
     }
 
     void scores(int64_t lo, int64_t hi) {
+        for (int64_t j = lo; j < std::min(lo + kAhead, hi); j += kKeyTile)
+            ask_for(args_.k, args_.k_stride, j, hi, args_.head_dim);
         for (int64_t j = lo; j < hi; j += kKeyTile) {
             const int64_t n = std::min(kKeyTile, hi - j);
-            ask_ahead(args_.k, args_.k_stride, j + kAhead, hi, args_.head_dim);
-            if (j + kAhead >= hi) ask_ahead(args_.v, args_.v_stride, lo + j + kAhead - hi, hi, args_.value_dim);
+            ask_for(args_.k, args_.k_stride, j + kAhead, hi, args_.head_dim);
+            ask_for(args_.v, args_.v_stride, j, hi, args_.value_dim);
             if (direct(first_ + j, n, args_.head_dim, plan_.dim)) {
                 kv_.scores_stored(scratch_.q, slot(args_.k, args_.k_stride, first_ + j), args_.kv_type,
                                   args_.k_stride[2], scales_or_null(call_.k_scale, first_ + j), static_cast<int>(n),
@@ -283,7 +286,6 @@ class BlockRun {
         std::fill_n(part.o, block_.rows() * width, 0.0f);
         for (int64_t j = lo; j < hi; j += kKeyTile) {
             const int64_t n = std::min(kKeyTile, hi - j);
-            ask_ahead(args_.v, args_.v_stride, j + kAhead, hi, args_.value_dim);
             if (direct(first_ + j, n, args_.value_dim, width) && !scratch_.holes[0]) {
                 kv_.accumulate_stored(scratch_.s + j, slot(args_.v, args_.v_stride, first_ + j), args_.kv_type,
                                       args_.v_stride[2], scales_or_null(call_.v_scale, first_ + j), static_cast<int>(n),

@@ -147,18 +147,26 @@ void softmax(float* s, int n, float* max, float* sum) {
 template <int count, int width>
 inline void accumulate_tile(const float* p, int64_t p_stride, const float* v, int64_t v_stride, int keys, float* o,
                             int64_t o_stride) {
+    // Unrolled before the array is taken apart: else GCC keeps its sums in memory.
     V acc[count][width];
+#pragma GCC unroll 8
     for (int r = 0; r < count; r++)
+#pragma GCC unroll 8
         for (int i = 0; i < width; i++) acc[r][i] = _mm256_loadu_ps(o + r * o_stride + 8 * i);
     for (int j = 0; j < keys; j++) {
         V weight[count];
+#pragma GCC unroll 8
         for (int r = 0; r < count; r++) weight[r] = _mm256_broadcast_ss(p + r * p_stride + j);
+#pragma GCC unroll 8
         for (int i = 0; i < width; i++) {
             const V x = _mm256_loadu_ps(v + j * v_stride + 8 * i);
+#pragma GCC unroll 8
             for (int r = 0; r < count; r++) acc[r][i] = _mm256_add_ps(acc[r][i], _mm256_mul_ps(weight[r], x));
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < count; r++)
+#pragma GCC unroll 8
         for (int i = 0; i < width; i++) _mm256_storeu_ps(o + r * o_stride + 8 * i, acc[r][i]);
 }
 

@@ -190,6 +190,7 @@ inline __m128 four_scores(const float* q, const typename Stored<type>::T* k, int
     using S = Stored<type>;
     const typename S::T* row[4];
     V step[4], lo[4], hi[4];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         const int j = i < count ? i : count - 1;
         row[i] = k + j * stride;
@@ -198,6 +199,7 @@ inline __m128 four_scores(const float* q, const typename Stored<type>::T* k, int
     }
     for (int d = 0; d < dim; d += 16) {
         const V a = _mm256_loadu_ps(q + d), b = _mm256_loadu_ps(q + d + 8);
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             lo[i] = _mm256_add_ps(lo[i], _mm256_mul_ps(a, S::load(row[i] + d, step[i])));
             hi[i] = _mm256_add_ps(hi[i], _mm256_mul_ps(b, S::load(row[i] + d + 8, step[i])));
@@ -230,13 +232,17 @@ void scores_of(const float* q, const void* base, int64_t stride, const uint16_t*
 template <int32_t type, int width>
 inline void accumulate_columns(const float* p, const typename Stored<type>::T* v, int64_t stride,
                                const uint16_t* scales, int keys, float* o) {
+    // Unrolled before the array is taken apart: else GCC keeps its sums in memory.
     V acc[width];
+#pragma GCC unroll 8
     for (int i = 0; i < width; i++) acc[i] = _mm256_loadu_ps(o + 8 * i);
     for (int j = 0; j < keys; j++) {
         const V weight = _mm256_broadcast_ss(p + j), step = step_of<type>(scales, j);
+#pragma GCC unroll 8
         for (int i = 0; i < width; i++)
             acc[i] = _mm256_add_ps(acc[i], _mm256_mul_ps(weight, Stored<type>::load(v + j * stride + 8 * i, step)));
     }
+#pragma GCC unroll 8
     for (int i = 0; i < width; i++) _mm256_storeu_ps(o + 8 * i, acc[i]);
 }
 
