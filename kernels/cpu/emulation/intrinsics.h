@@ -39,10 +39,24 @@ inline simde__m512i cvtepu8_epi32(__m128i a) {
     return join(_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8)));
 }
 
+inline simde__m512i cvtepi8_epi32(__m128i a) {
+    return join(_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8)));
+}
+
 inline simde__m512i cvtepu16_epi32(__m256i a) {
     return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
                 _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)));
 }
+
+// Quarters of a, a, b, b, by two bits each.
+inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int which) {
+    const simde__m512_private from[2] = {simde__m512_to_private(a), simde__m512_to_private(b)};
+    simde__m512_private all;
+    for (int i = 0; i < 4; i++) all.m128[i] = from[i / 2].m128[which >> 2 * i & 3];
+    return simde__m512_from_private(all);
+}
+
+inline __m256 extractf32x8_ps(simde__m512 a, int which) { return simde__m512_to_private(a).m256[which]; }
 
 // Calls, not inlined: unrolled kernels hold thousands, and would compile for minutes.
 __attribute__((noinline)) inline simde__m512i dpbusd(simde__m512i sum, simde__m512i codes, simde__m512i x) {
@@ -56,17 +70,23 @@ __attribute__((noinline)) inline __m256i dpbusd(__m256i sum, __m256i codes, __m2
 }  // namespace
 }  // namespace dlb
 
+#undef _mm512_shuffle_f32x4
+#undef _mm512_extractf32x8_ps
 #undef _mm512_dpbusd_epi32
 #undef _mm256_dpbusd_avx_epi32
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepu8_epi32
+#undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtepu16_epi32
+#define _mm512_shuffle_f32x4(a, b, which) ::dlb::shuffle_f32x4(a, b, which)
+#define _mm512_extractf32x8_ps(a, which) ::dlb::extractf32x8_ps(a, which)
 #define _mm512_dpbusd_epi32(sum, codes, x) ::dlb::dpbusd(sum, codes, x)
 #define _mm256_dpbusd_avx_epi32(sum, codes, x) ::dlb::dpbusd(sum, codes, x)
 #define _mm512_cvtepi32_ps(a) ::dlb::cvtepi32_ps(a)
 #define _mm512_cvtph_ps(a) ::dlb::cvtph_ps(a)
 #define _mm512_cvtepu8_epi32(a) ::dlb::cvtepu8_epi32(a)
+#define _mm512_cvtepi8_epi32(a) ::dlb::cvtepi8_epi32(a)
 #define _mm512_cvtepu16_epi32(a) ::dlb::cvtepu16_epi32(a)
 
 #include "amx_tile.h"

@@ -241,7 +241,9 @@ void scores_of(const float* q, const void* base, int64_t stride, const uint16_t*
         const int count = keys - j < 16 ? keys - j : 16;
         const uint16_t* own = type == DLB_KV_INT8 ? scales + j : scales;
         const V all = _mm512_mul_ps(scores16<type>(q, k + j * stride, stride, own, count, dim), factor);
-        _mm512_mask_storeu_ps(s + j, static_cast<__mmask16>((1u << count) - 1), all);
+        float tail[16];
+        _mm512_storeu_ps(count == 16 ? s + j : tail, all);
+        if (count < 16) memcpy(s + j, tail, static_cast<size_t>(count) * 4);
     }
 }
 
