@@ -47,8 +47,8 @@ inline void store4(float* to, __m128 value, int count) {
 
 // `rows` query rows by four keys, of which `count` count; the others are the last one again.
 template <int rows>
-inline void scores_tile(const float* q, int64_t q_stride, const float* k, int64_t k_stride, int count, int dim,
-                        V scale, float* s, int64_t s_stride) {
+inline void scores_tile(const float* q, int64_t q_stride, const float* k, int64_t k_stride, int count, int dim, V scale,
+                        float* s, int64_t s_stride) {
     const float* key[4];
     V acc[16];
 #pragma GCC unroll 4
