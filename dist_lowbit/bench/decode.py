@@ -32,7 +32,10 @@ _WARM = 2  # tokens of the run that makes a way's caches and wakes its threads
 
 @dataclass(frozen=True)
 class Run:
-    """What to measure. threads: of each rank. prompt, new: tokens of each of `batch` sequences. rounds: of turns."""
+    """What to measure. threads: of each rank. prompt, new: tokens of each of `batch` sequences. rounds: of turns.
+
+    num_beams: more than 1 also measures generate() with so many beams for each of batch / num_beams prompts.
+    """
 
     shape: str
     low_bit: str | None = None
@@ -44,6 +47,7 @@ class Run:
     peer: bool = False
     rounds: int = 3
     breakdown: bool = False
+    num_beams: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ def run(what: Run, group: Group, mode: Mode, read_bytes: int | None = None) -> I
         subject = make_model(what.shape, what.low_bit, what.group_size, group, mode)
         prompts = _prompts(what, int(subject.config.vocab_size))
         ours: list[Runner] = [own_loop(subject.model), GenerateRunner(subject.model)]
+        if what.num_beams > 1:
+            ours.append(GenerateRunner(subject.model, what.num_beams))
         for runner in ours:
             warm = runner.run(prompts, _WARM)
             if what.breakdown and runner is ours[0] and warm.parts is None:
@@ -176,6 +182,8 @@ def _check(what: Run) -> None:
         least = 2 if name == "new" else 1  # one new token has no time between tokens
         if getattr(what, name) < least:
             raise UsageError(f"--{name} is {getattr(what, name)}; expected {least} or more")
+    if what.num_beams < 1 or what.batch % what.num_beams:
+        raise UsageError(f"--num-beams is {what.num_beams}; expected a divisor of --batch, which is {what.batch}")
     limit = getattr(config_of(what.shape), "max_position_embeddings", None)
     if limit is not None and what.prompt + what.new > limit:
         raise UsageError(f"--prompt {what.prompt} and --new {what.new} exceed the {limit} tokens of {what.shape}")

@@ -145,19 +145,23 @@ class _Stamps(StoppingCriteria):  # type: ignore[misc]
 
 
 class GenerateRunner:
-    """Call the model's own generate(), as users of Hugging Face do."""
+    """Call the model's own generate(), as users of Hugging Face do.
+
+    beams: of each prompt; prompts / beams of them are run, so that a step has as many rows as without.
+    """
 
     peer = None
-    how = "generate"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, beams: int = 1) -> None:
+        self.how = "generate" if beams == 1 else f"generate, {beams} beams"
         self._model: Any = model
+        self._beams = beams
         config: Any = model.generation_config
         config.eos_token_id, config.pad_token_id = None, 0  # random weights must not end a run early
 
     def run(self, prompts: Prompts, new: int) -> Times:
         """Generate (see Runner)."""
-        ids, clock = torch.tensor(prompts, device=self._model.device), _Stamps()
+        ids, clock = torch.tensor(prompts[: len(prompts) // self._beams], device=self._model.device), _Stamps()
         criteria = StoppingCriteriaList([clock])
         began = time.perf_counter()
         with torch.inference_mode():
@@ -165,6 +169,7 @@ class GenerateRunner:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
+                num_beams=self._beams,
                 max_new_tokens=new,
                 stopping_criteria=criteria,
             )

@@ -31,6 +31,7 @@ def decode(
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 256,
     new: Annotated[int, typer.Option(help="Tokens to decode after each prompt.")] = 64,
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
+    num_beams: Annotated[int, typer.Option(help="Also run generate with so many of --batch's rows as beams.")] = 1,
     decoder: Annotated[str | None, typer.Option(help="native, torch, auto, or off: Hugging Face's forward.")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the decoder's cache: fp32, fp16, bf16, int8.")] = None,
     device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
@@ -55,6 +56,7 @@ def decode(
     what = Run(
         *(shape, low_bit, group_size, threads or ops.plan_here().count, prompt, new, batch, peer is not None, rounds),
         breakdown=breakdown,
+        num_beams=num_beams,
     )
     mode = mode_here(decoder=decoder, kv_cache_dtype=kv_cache_dtype, device=device)
     group, _ = join_ranks("auto", device)

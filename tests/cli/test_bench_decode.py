@@ -59,12 +59,12 @@ def check(line: Line) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_a_line_for_every_way_to_run(shape: str) -> None:
-    what = Run(shape, "nf4", 32, prompt=5, new=4, batch=2, rounds=2)
-    own, generate = run(what, SingleGroup(), Mode(), read_bytes=1 << 20)
-    for line in (own, generate):
+    what = Run(shape, "nf4", 32, prompt=5, new=4, batch=2, rounds=2, num_beams=2)
+    own, generate, beams = run(what, SingleGroup(), Mode(), read_bytes=1 << 20)
+    for line in (own, generate, beams):
         check(line)
         assert (line.low_bit, line.group_size, line.tp, line.batch, line.peer) == ("nf4", 32, 1, 2, None)
-    assert generate.how == "generate"
+    assert (generate.how, beams.how) == ("generate", "generate, 2 beams")
 
 
 @pytest.mark.usefixtures("kernels")
