@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bloom": {},
     "opt post": {},
 }
-QUICK = ("llama", "qwen2_moe")
+QUICK = ("llama",)
 GPU = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
 GPU_MISSING = pytest.mark.skipif(GPU is None, reason="torch finds no CUDA or XPU device here")
 
@@ -76,6 +76,7 @@ def test_a_model_runs_on_a_gpu(name: str) -> None:
         check(name, GPU, torch.device(GPU, 0))
 
 
+@pytest.mark.slow
 def test_generate_on_a_device(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     plain: Any = optimize_model(tiny_model("llama"), "sym_int4", decoder="torch", compute="fp32")
     with pretended(monkeypatch) as device:

@@ -113,7 +113,7 @@ def nothing_left(pids: list[int], before: set[str]) -> None:
     assert not {path.name for path in SHM.iterdir()} - before
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_the_job(generating, rank: int) -> None:  # type: ignore[no-untyped-def]
     process, ranks, below = generating
     before = {path.name for path in SHM.iterdir()}

@@ -49,7 +49,7 @@ def test_four_ranks_write_four_files(saved) -> None:  # type: ignore[no-untyped-
         assert max(sizes) < 0.6 * sum(sizes)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("tp", [1, 2, *(pytest.param(tp, marks=pytest.mark.slow) for tp in (3, 4, 8))])
 def test_weights_are_those_of_a_direct_quantization(ranks, saved, tp: int) -> None:  # type: ignore[no-untyped-def]
     _, wrong = ranks("loaded", tp, checkpoints=saved)
     assert wrong == [[]] * tp
@@ -134,7 +134,13 @@ def test_damage_is_told_to_all_ranks_by_name(ranks, damaged, tp: int) -> None:  
             assert damaged[name].name in sentence
 
 
-@pytest.mark.parametrize("name", ["missing rank file", "byte of rank 1", "truncated", "schema"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "byte of rank 1",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("missing rank file", "truncated", "schema")),
+    ],
+)
 def test_generate_answers_damage_with_a_sentence(damaged, name: str) -> None:  # type: ignore[no-untyped-def]
     done = generate_text(damaged[name], "-n", "2", "--greedy", "--max-new-tokens", "4")
     assert done.returncode == 2
