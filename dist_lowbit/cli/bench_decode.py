@@ -33,7 +33,9 @@ def decode(
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
     num_beams: Annotated[int, typer.Option(help="Also run generate with so many of --batch's rows as beams.")] = 1,
     decoder: Annotated[str | None, typer.Option(help="native, torch, auto, or off: Hugging Face's forward.")] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the decoder's cache: fp32, fp16, bf16, int8.")] = None,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Of the decoder's cache: fp32, fp16 (as llama.cpp's), bf16, int8.")
+    ] = "fp16",
     device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
     peer: Annotated[str | None, typer.Option(help="llama.cpp: also measure it, in turns (extra bench).")] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each way to run.")] = 3,

@@ -9,12 +9,11 @@ import torch
 
 from dist_lowbit.core.errors import UsageError
 
+from .kv_memory import Kind, KvMemory
 from .program import Program
 
 BLOCK_SLOTS = 32  # tokens per block of the cache
 KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-
-_LISTS = ("keys", "values", "key_scales", "value_scales")
 
 
 @dataclass
@@ -31,21 +30,27 @@ class KvStore:
     values: list[torch.Tensor]
     key_scales: list[torch.Tensor]
     value_scales: list[torch.Tensor]
+    memory: KvMemory
 
     @classmethod
     def of(cls, program: Program, blocks: int, dtype: str = "fp32", device: str | torch.device = "cpu") -> KvStore:
         """Allocate a store of `blocks` blocks; an unknown dtype is a UsageError."""
         if dtype not in KV_DTYPES:
             raise UsageError(f"kv_cache_dtype is {dtype!r}; expected one of {', '.join(KV_DTYPES)}")
-        store = cls(dtype, [], [], [], [])
-        for layer in program.layers:
-            heads, dim = layer.attention.heads.kv_heads, layer.attention.head_dim
-            for tensors in (store.keys, store.values):
-                tensors.append(torch.zeros(blocks, heads, BLOCK_SLOTS, dim, dtype=KV_DTYPES[dtype], device=device))
-            if dtype == "int8":
-                for tensors in (store.key_scales, store.value_scales):
-                    tensors.append(torch.zeros(blocks, heads, BLOCK_SLOTS, dtype=torch.float16, device=device))
-        return store
+        rows = [
+            (blocks, layer.attention.heads.kv_heads, BLOCK_SLOTS, layer.attention.head_dim) for layer in program.layers
+        ]
+        kinds: list[Kind] = [(row, KV_DTYPES[dtype]) for row in rows for _ in range(2)]
+        if dtype == "int8":
+            kinds += [(row[:3], torch.float16) for row in rows for _ in range(2)]
+        return cls._over(dtype, KvMemory(kinds, device))
+
+    @classmethod
+    def _over(cls, dtype: str, memory: KvMemory) -> KvStore:
+        """Return a store over tensors in the order of `tensors`: key and value of each layer, then their scales."""
+        count = len(memory.tensors) // (2 if dtype == "int8" else 1)
+        numbers, scales = memory.tensors[:count], memory.tensors[count:]
+        return cls(dtype, numbers[::2], numbers[1::2], scales[::2], scales[1::2], memory)
 
     @property
     def blocks(self) -> int:
@@ -54,22 +59,19 @@ class KvStore:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return every tensor of the store; axis 0 of each is the block."""
-        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
+        return self.memory.tensors
 
     def grown(self, blocks: int) -> KvStore:
-        """Return another store of more blocks whose first ones hold what this one held; this one is empty afterwards.
+        """Return another store of more blocks whose first ones hold what this one held; this one holds nothing then.
 
-        Layer by layer, so that no more than one is there twice.
+        Tensor by tensor, so that no more than one is there twice.
         """
-        larger = KvStore(self.dtype, [], [], [], [])
-        for name in _LISTS:
-            tensors, into = getattr(self, name), getattr(larger, name)
-            while tensors:
-                old = tensors.pop(0)
-                new = old.new_zeros((blocks, *old.shape[1:]))
-                new[: old.shape[0]].copy_(old)
-                into.append(new)
-        return larger
+        old = self.tensors()
+        memory = KvMemory([((blocks, *tensor.shape[1:]), tensor.dtype) for tensor in old], old[0].device)
+        for index, new in enumerate(memory.tensors):
+            new[: old[index].shape[0]].copy_(old[index])
+            self.memory.drop(index)
+        return self._over(self.dtype, memory)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import dist_lowbit.sample
+from dist_lowbit.decoder.kv_memory import KvMemory
 from dist_lowbit.transformers import AutoModelForCausalLM
 
 SAMPLE = str(dist_lowbit.sample.path())
@@ -19,6 +20,7 @@ STORY = (
     "lamp. He said, do not worry, I can help you. They found the ball together and played in the garden until it was "
     "time to eat. Mom gave them warm soup and bread, and they were happy. "
 )
+KIB = 1024
 DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
@@ -76,3 +78,31 @@ def test_chunks_of_a_prompt_change_no_bit(dtype: str, windows: torch.Tensor) -> 
         cache = model(ids[:, :41], use_cache=True).past_key_values
         parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((41, 42), (42, 90), (90, 100))]
     assert torch.equal(torch.cat(parts, 1), whole[:, 41:])
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Return how many bytes of memory lie under a tensor, by the kernel's own count."""
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize
+    inside, found = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0] and not line.split(" ")[0].endswith(":"):
+            begin, end = (int(part, 16) for part in line.split(" ")[0].split("-"))
+            inside = begin < last and first < end
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * KIB
+    return found
+
+
+def test_the_memory_of_a_cache_is_taken_when_written_and_given_back_by_tensor() -> None:
+    shape, size = (8, 4, 256, 64), 8 * 4 * 256 * 64 * 4
+    memory = KvMemory([(shape, torch.float32)] * 3, "cpu")
+    assert resident(memory.tensors[0]) < size
+    assert all(not tensor.any() for tensor in memory.tensors)
+    for tensor in memory.tensors:
+        tensor.fill_(1.0)
+    assert resident(memory.tensors[0]) >= 3 * size
+    memory.drop(1)
+    assert resident(memory.tensors[0]) < 3 * size
+    assert memory.tensors[0].all()
+    assert not memory.tensors[1].any()
+    assert memory.tensors[2].all()

@@ -1,0 +1,48 @@
+"""Where a cache lies: on the CPU all its tensors in one piece, in huge pages where the system has them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+_ALIGNMENT = 4096
+
+Kind = tuple[tuple[int, ...], torch.dtype]
+
+
+class KvMemory:
+    """Tensors of zeros of the given shapes and dtypes on one device.
+
+    A step reads a cache in pieces of a few KB that lie apart, so with small pages nearly every piece costs a walk
+    through the page tables; one piece of memory for all layers is large enough for pages of 2 MiB. What was never
+    written takes no memory.
+    """
+
+    def __init__(self, kinds: Sequence[Kind], device: str | torch.device) -> None:
+        self._room: mmap.mmap | None = None
+        self._places: list[tuple[int, int]] = []
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
+        if torch.device(device).type != "cpu" or sum(sizes) == 0:
+            self.tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in kinds]
+            return
+        at = 0
+        for size in sizes:
+            self._places.append((at, size))
+            at += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self._room = mmap.mmap(-1, at, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages: the advice is all that is lost
+            self._room.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(self._room, dtype=torch.uint8)
+        self.tensors = [
+            whole[first : first + size].view(dtype).view(shape)
+            for (first, size), (shape, dtype) in zip(self._places, kinds, strict=True)
+        ]
+
+    def drop(self, index: int) -> None:
+        """Give the memory of one tensor back; it reads as zeros from now on where it lay in the one piece."""
+        if self._room is not None and self._places[index][1]:
+            self._room.madvise(mmap.MADV_DONTNEED, *self._places[index])
