@@ -142,7 +142,7 @@ def test_a_cut_model_that_needs_the_decoder_says_so() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp", [1, 3])
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
 def test_greedy_tokens_are_hugging_faces(decoder_ranks: Any, tp: int) -> None:
     names = [name for name in TINY if name not in BY_LENGTH]
     texts = {name: greedy_text(name) for name in names}

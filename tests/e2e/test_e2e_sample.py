@@ -69,11 +69,11 @@ def runs(ranks, tokenizer) -> Any:  # type: ignore[no-untyped-def]
     return run
 
 
-def check_bits(run: Any, forms: tuple[tuple[str, str], ...]) -> None:
+def check_bits(run: Any, forms: tuple[tuple[str, str], ...], degrees: tuple[int, ...] = WHOLE_SEGMENTS[1:]) -> None:
     """Check that prefill and decode steps give the same bits at every degree and on every rank."""
     _, (first,) = run(1, forms)
     assert len(first["sym_int4 int8" if forms == tuple(QUICK) else f"{forms[0][0]} int8"]) == 1 + STEPS
-    for tp in WHOLE_SEGMENTS[1:]:
+    for tp in degrees:
         for rank, found in enumerate(run(tp, forms)[1]):
             for form, compute in forms:
                 name = f"{form} {compute}"
@@ -83,6 +83,11 @@ def check_bits(run: Any, forms: tuple[tuple[str, str], ...]) -> None:
 
 def test_bits_are_the_same_at_every_degree(runs) -> None:  # type: ignore[no-untyped-def]
     check_bits(runs, tuple(QUICK))
+
+
+@pytest.mark.slow
+def test_bits_are_the_same_on_eight_ranks_of_a_head_each(runs) -> None:  # type: ignore[no-untyped-def]
+    check_bits(runs, tuple(QUICK), (8,))
 
 
 @pytest.mark.slow
