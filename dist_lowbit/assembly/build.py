@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_lowbit import ops
 from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import CheckpointError, PlanError
 from dist_lowbit.core.log import logger
@@ -196,5 +197,7 @@ def build(
         config.tie_word_embeddings = False  # head and embedding are two tensors from here on
     if target.family is not None and mode.optimize_llm:
         use_decoder(model, target, group, mode)
+    if any(isinstance(module, LowBitLinear) and module.kernel == "cpu" for module in model.modules()):
+        ops.limit_torch()
     setattr(model, STATE, LowBitState(recipe, target, group, left))
     return model.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from dist_lowbit.decoder.native import NativeDecoder
 from dist_lowbit.decoder.program import Program
 from dist_lowbit.decoder.step import Executor
 from dist_lowbit.decoder.torch_decoder import TorchDecoder
-from dist_lowbit.ops import limit_torch, usable_device
+from dist_lowbit.ops import usable_device
 
 from .bare import BareForCausalLM
 from .mode import Mode
@@ -61,8 +61,6 @@ def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> N
     parent, _, leaf = target.family.names.base.rpartition(".")
     check_group(group, mode)
     executor = choose_executor(program, mode)
-    if executor.name == "native":
-        limit_torch()  # both pools spin after their loops: two full ones on the same cores slow each other
     original = model.get_submodule(target.family.names.base)
     setattr(model.get_submodule(parent), leaf, FusedBackbone(original, executor, mode.cache_name, needed))
     if not _on_cpu(mode):

@@ -7,7 +7,8 @@ old one's children under their names, so a checkpoint looks the same.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.log import logger
 
 from .cache import PagedBatch, adopt, batch_of, release
+from .hf_attention import ATTENTION_NAME
 from .program import Program
 from .step import Executor, Step
 
@@ -191,8 +193,24 @@ class FusedBackbone(nn.Module):
         batch = batch_of(cache) if cache is not None else None
         if batch is not None:
             release(cache, batch, self.dtype)
-        result: BaseModelOutputWithPast = self._original[0](**{k: v for k, v in inputs.items() if v is not None})
+        with self._attention_that_returns(why):
+            result: BaseModelOutputWithPast = self._original[0](**{k: v for k, v in inputs.items() if v is not None})
         return result
+
+    @contextmanager
+    def _attention_that_returns(self, why: str) -> Iterator[None]:
+        """Let Hugging Face's plain attention run where its weights are asked for: ours never forms them."""
+        own = getattr(self.config, "_attn_implementation", None)
+        if why != "output_attentions" or own != ATTENTION_NAME:
+            yield
+            return
+        if self.program.embed.group.size > 1:
+            raise UsageError("this call asks for output_attentions; a rank has a part of the heads: run on one rank")
+        self.config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = own
 
 
 def _masks(given: torch.Tensor | None, rows: int, width: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ ATTENTION_NAME = "dist_lowbit"
 # are counted from slot 0, which moves the last bits of left-padded rows and of cropped sliding-window caches, and
 # nothing else.
 _START = "kv_start"
-_USE_EAGER = f'; load the model with attn_implementation="eager" instead of "{ATTENTION_NAME}"'
+_USE_EAGER = '; call model.set_attn_implementation("eager") first'
 # What other attention functions are given and this one does not compute.
 _REFUSED = {
     "s_aux": "attention sinks",

@@ -6,6 +6,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ class KvMemory:
     """
 
     def __init__(self, kinds: Sequence[Kind], device: str | torch.device) -> None:
+        self._device = device
         self._room: mmap.mmap | None = None
         self._places: list[tuple[int, int]] = []
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
@@ -41,6 +43,13 @@ class KvMemory:
             whole[first : first + size].view(dtype).view(shape)
             for (first, size), (shape, dtype) in zip(self._places, kinds, strict=True)
         ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KvMemory:
+        """Copy what is in the tensors into memory of the copy's own."""
+        copied = KvMemory([(tuple(t.shape), t.dtype) for t in self.tensors], self._device)
+        for to, tensor in zip(copied.tensors, self.tensors, strict=True):
+            to.copy_(tensor)
+        return copied
 
     def drop(self, index: int) -> None:
         """Give the memory of one tensor back; it reads as zeros from now on where it lay in the one piece."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -51,6 +52,10 @@ class KvStore:
         count = len(memory.tensors) // (2 if dtype == "int8" else 1)
         numbers, scales = memory.tensors[:count], memory.tensors[count:]
         return cls(dtype, numbers[::2], numbers[1::2], scales[::2], scales[1::2], memory)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KvStore:
+        """Copy the numbers into memory of the copy's own: a cache that is copied goes on by itself."""
+        return self._over(self.dtype, copy.deepcopy(self.memory, memo))
 
     @property
     def blocks(self) -> int:

@@ -69,9 +69,9 @@ class XpuInt4:
         row = spec.format
         if row.codec != "affine" or row.planes != (4,) or row.offset == "min":
             return f"{row.name} is no 4-bit integer with a zero point"
-        if spec.group_size < 16 or spec.group_size & (spec.group_size - 1):
-            return f"it takes groups of 16, 32, 64, ..., not of {spec.group_size}"
-        if spec.n == 0 or spec.k == 0 or spec.k % max(spec.group_size, 8):
+        if spec.group_size < 32 or spec.group_size % 32:
+            return f"it takes groups of multiples of 32, not of {spec.group_size}"
+        if spec.n == 0 or spec.k == 0 or spec.k % spec.group_size:
             return f"K = {spec.k} is no multiple of the group ({spec.group_size})"
         return None
 

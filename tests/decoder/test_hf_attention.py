@@ -210,7 +210,7 @@ def test_the_modules_own_map_of_heads_counts(wrap: Callable[[list[int]], Any]) -
     ("options", "message"),
     [
         ({"dropout": 0.1}, "dropout"),
-        ({"output_attentions": True}, 'attn_implementation="eager"'),
+        ({"output_attentions": True}, r'set_attn_implementation\("eager"\)'),
         ({"s_aux": torch.zeros(4)}, "attention sinks"),
         ({"heads": 5}, "set module.kv_index"),
     ],

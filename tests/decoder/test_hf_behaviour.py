@@ -192,6 +192,35 @@ def test_hidden_states_come_from_hugging_face(
     assert len([r for r in caplog.records if "output_hidden_states" in r.getMessage()]) == 1
 
 
+def test_attention_weights_come_from_hugging_face(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
+    ids = prompts(2, 12)
+    with torch.inference_mode():
+        before = fused(ids).logits
+        mine = fused(ids, output_attentions=True).attentions
+        eager = copy.deepcopy(plain)
+        eager.set_attn_implementation("eager")  # their other attentions return none
+        theirs = eager(ids, output_attentions=True).attentions
+        after = fused(ids).logits
+    assert len(mine) == len(theirs) == 3
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.shape == (2, 6, 12, 12)
+        # Scores are of size 100 and hidden states, three layers deep, agree to 1e-5 of their size: scores to 1e-3. A
+        # weight w moves by at most 2 w (1 - w) times that.
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-4)
+    assert torch.equal(before, after)  # and the decoder goes on as before
+
+
+def test_a_copied_cache_goes_on_by_itself(fused: LlamaForCausalLM) -> None:
+    ids = prompts(2, 40)
+    with torch.inference_mode():
+        whole = fused(ids[:, :30], use_cache=True).past_key_values
+        copied = copy.deepcopy(whole)
+        other = fused(ids[:, :5], past_key_values=copied).logits  # another text on the copy
+        rest = fused(ids[:, 30:], past_key_values=whole).logits
+        assert torch.equal(rest, fused(ids).logits[:, 30:])
+        assert torch.equal(other, fused(torch.cat([ids[:, :30], ids[:, :5]], 1)).logits[:, 30:])
+
+
 def test_a_cache_moves_between_the_forwards(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
     """The decoder takes over a cache that Hugging Face filled, and gives its own back where that forward goes on."""
     ids = prompts(2, 30)

@@ -127,15 +127,10 @@ def test_a_hybrid_part_gives_its_performance_cores(
 # Prints the pool's threads, torch's, and how many cpus this process's threads may run on together.
 COUNT_THREADS = """
 import os, torch
-from dist_lowbit import ops
-from dist_lowbit.formats import quantize
-ops.limit_torch()
-weight = quantize(torch.randn(512, 512), "sym_int4")
-spec = ops.LinearSpec.of(weight)
-kernel = ops.choose(spec)
-packed = kernel.prepack(weight, spec)
+from dist_lowbit import ops, optimize_model
+model = optimize_model(torch.nn.Sequential(torch.nn.Linear(512, 512)), "sym_int4")
 for _ in range(20):
-    ops.linear(torch.randn(8, 512), packed, kernel.name, 512)
+    model(torch.randn(8, 512))
 allowed = set().union(*(os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")))
 print(ops.library().dlb_threads_count(), torch.get_num_threads(), len(allowed))
 """
