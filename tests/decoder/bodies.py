@@ -12,15 +12,19 @@ from dist_lowbit import transformers as low_bit
 from dist_lowbit.comm import init_group
 from dist_lowbit.core.errors import CommError
 from dist_lowbit.decoder.native import NativeDecoder
+from dist_lowbit.engine.loop import backbone_of
 from dist_lowbit.optimize import optimize_model
 from tests.comm.harness import Job
 from tests.decoder.program_kinds import KINDS, ROUTED
 from tests.decoder.runs import (
+    EXECUTORS,
     FORCED,
     PROMPT,
     SHORT,
     TEXT,
     Runner,
+    low_bit_model,
+    padded_inputs,
     program_of,
     run_alone,
     run_in_company,
@@ -44,6 +48,10 @@ def close_to_exact(job: Job) -> Any:
                 found = {"text": run_alone(program, executor, TEXT, STEPS)}
                 _, short = Runner(program, executor, 2).step([(0, PROMPT), (1, SHORT)])
                 found["short"] = short.contiguous()
+                model = low_bit_model(name, "fp16", "fp32", group, executor)
+                assert isinstance(backbone_of(model).executor, EXECUTORS[executor])
+                logits = model(**padded_inputs(model)).logits
+                found["padded"], found["beside"] = logits[1, -len(SHORT) :].clone(), logits[0].clone()
                 if group.rank == 0:
                     save_file(found, str(job.folder / f"{name} {executor}.safetensors"))
     return None
@@ -149,12 +157,12 @@ def greedy_texts(job: Job) -> Any:
 
 @torch.inference_mode()
 def generated(job: Job) -> Any:
-    """Generate with Hugging Face's generate from a padded batch, on the decoder; return the tokens."""
+    """Generate with Hugging Face's generate from padded batches, on the decoder; return the tokens."""
     result: dict[str, list[list[int]]] = {}
-    ids = torch.tensor([PROMPT, [0] * (len(PROMPT) - len(SHORT)) + SHORT])
     with init_group() as group:
-        for name in job.args["families"]:
-            model: Any = optimize_model(tiny_model(name), "fp16", group=group, compute="fp32")
+        for name, rows in job.args["families"].items():
+            ids = torch.tensor(rows)
+            model = low_bit_model(name, "fp16", "fp32", group)
             options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
             result[name] = model.generate(ids, attention_mask=(ids != 0).long(), **options).tolist()
     return result

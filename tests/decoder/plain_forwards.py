@@ -6,11 +6,14 @@ and returns logits [B, T, vocab]. Nothing of dist_lowbit is used. Also makes ran
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import linear, silu
 
 Tensors = Mapping[str, torch.Tensor]
@@ -118,10 +121,10 @@ def chatglm(t: Tensors, c: Mapping[str, Any], ids: torch.Tensor) -> torch.Tensor
     return linear(x, t["transformer.output_layer.weight"])
 
 
-_HIDDEN, _VOCAB, _FFN = 96, 131, 160
+_HIDDEN, _VOCAB, _FFN, _WIDTH = 192, 131, 349, 32
 _QWEN = {
     "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": _HIDDEN, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "kv_channels": 16, "intermediate_size": 2 * _FFN, "layer_norm_epsilon": 1e-6,
+    "num_attention_heads": 6, "kv_channels": _WIDTH, "intermediate_size": 2 * _FFN, "layer_norm_epsilon": 1e-6,
     "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 512, "vocab_size": _VOCAB, "no_bias": True,
     "use_dynamic_ntk": True, "use_logn_attn": True, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -133,7 +136,7 @@ _BAICHUAN_7B = {
 _BAICHUAN_13B = {k: v for k, v in _BAICHUAN_7B.items() if k != "max_position_embeddings"} | {"model_max_length": 512}
 _CHATGLM = {
     "model_type": "chatglm", "architectures": ["ChatGLMModel"], "hidden_size": _HIDDEN, "num_layers": 2,
-    "num_attention_heads": 6, "kv_channels": 16, "multi_query_attention": True, "multi_query_group_num": 2,
+    "num_attention_heads": 6, "kv_channels": _WIDTH, "multi_query_attention": True, "multi_query_group_num": 2,
     "ffn_hidden_size": _FFN, "layernorm_epsilon": 1e-5, "rmsnorm": True, "seq_length": 512,
     "padded_vocab_size": _VOCAB, "add_qkv_bias": True, "add_bias_linear": False, "post_layer_norm": True,
     "apply_residual_connection_post_layernorm": False, "tie_word_embeddings": False, "original_rope": True,
@@ -162,7 +165,7 @@ def _layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             "self_attn.W_pack.weight": (3 * h, h), "self_attn.o_proj.weight": (h, h), "mlp.gate_proj.weight": (f, h),
             "mlp.up_proj.weight": (f, h), "mlp.down_proj.weight": (h, f),
         }  # fmt: skip
-    rows = h + 2 * 2 * 16
+    rows = h + 2 * 2 * _WIDTH
     return {
         "input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,),
         "self_attention.query_key_value.weight": (rows, h), "self_attention.query_key_value.bias": (rows,),
@@ -194,3 +197,20 @@ def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.
         numbers = torch.randn(shape, generator=draw) * 0.15
         made[name] = (1 + numbers if len(shape) == 1 and name.endswith("weight") else numbers).half().float()
     return made
+
+
+def write_files(folder: Path, kind: str, **changes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Write a tiny random model as its makers publish it, with the names of code that is not there; return its config
+    and tensors."""
+    config = MODELS[kind][0] | changes
+    tensors = random_tensors(config)
+    code = {"auto_map": {"AutoConfig": "configuration_x.Config", "AutoModelForCausalLM": "modeling_x.Model"}}
+    (folder / "config.json").write_text(json.dumps(config | code))
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return config, tensors
+
+
+def plain_logits(kind: str, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, T, vocab] that a kind's forward computes of its random tensors."""
+    config, forward = MODELS[kind]
+    return forward(random_tensors(config), config, ids)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from dist_lowbit.decoder.program import Program
 from dist_lowbit.decoder.step import Executor, Step
 from dist_lowbit.decoder.torch_decoder import TorchDecoder
 from dist_lowbit.optimize import optimize_model
+from dist_lowbit.transformers import AutoModelForCausalLM
+from tests.decoder import plain_forwards
 from tests.decoder.tiny_families import tiny_model
 
 EXECUTORS: dict[str, type[Executor]] = {"torch": TorchDecoder, "native": NativeDecoder}
@@ -35,8 +40,29 @@ def program_of(model: Any, group: Group) -> Program:
 
 def tiny_program(name: str, form: str, compute: str, group: Group) -> tuple[Any, Program]:
     """Return a rank's tiny model in a format, and its program."""
-    model: Any = optimize_model(tiny_model(name), form, group=group, compute=compute)
+    model = low_bit_model(name, form, compute, group)
     return model, program_of(model, group)
+
+
+def low_bit_model(name: str, form: str, compute: str, group: Group, decoder: str = "auto") -> Any:
+    """Return a rank's tiny model in a format: of tiny_families, or of plain_forwards, which exists as files only."""
+    if name not in plain_forwards.MODELS:
+        return optimize_model(tiny_model(name), form, group=group, compute=compute, decoder=decoder)
+    with tempfile.TemporaryDirectory() as folder:
+        plain_forwards.write_files(Path(folder), name)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, load_in_low_bit=form, compute=compute, tensor_parallel=group, decoder=decoder
+        )
+
+
+def padded_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Return what a model is called with for the prompt and a shorter row, padded on the left."""
+    pads = len(PROMPT) - len(SHORT)
+    mask = torch.tensor([[1] * len(PROMPT), [0] * pads + [1] * len(SHORT)])
+    inputs = {"input_ids": torch.tensor([PROMPT, [0] * pads + SHORT]), "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
 
 
 class Runner:

@@ -1,9 +1,11 @@
-"""Every family: Hugging Face's logits within a derived bound, and bits that nothing but the sequence decides."""
+"""Every family: Hugging Face's logits within a derived bound, and bits that nothing but the sequence decides.
+
+Where Hugging Face has no forward (plain_forwards.MODELS), those in plain torch stand in its place.
+"""
 
 from __future__ import annotations
 
 import functools
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,29 @@ from dist_lowbit.models import FAMILIES
 from dist_lowbit.optimize import optimize_model
 from tests.decoder.bodies import STEPS
 from tests.decoder.exact_program import ExactProgram
-from tests.decoder.runs import EXECUTORS, FORCED, PROMPT, SHORT, TEXT, Runner, program_of, run_alone, tiny_program
+from tests.decoder.plain_forwards import MODELS, plain_logits
+from tests.decoder.runs import (
+    EXECUTORS,
+    FORCED,
+    PROMPT,
+    SHORT,
+    TEXT,
+    Runner,
+    padded_inputs,
+    program_of,
+    run_alone,
+    tiny_program,
+)
 from tests.decoder.tiny_families import TINY, VOCAB, tiny_model
 
 # One of each kind: windows, fused qkv per head and per group, attention and MLP side by side, slopes, experts.
 QUICK = ("mistral", "gpt_neox", "falcon 40b", "bloom", "qwen2_moe")
-SLOW = tuple(name for name in TINY if name not in QUICK)
-# Frequencies that depend on the length: a chunked prefill rotates its first chunks by those of shorter texts.
+NAMES = (*TINY, *MODELS)
+# Frequencies that depend on the length, beyond 16 tokens: there rows are rotated by the length at their own step, and
+# in a padded batch of Hugging Face's by the longest row's.
 BY_LENGTH = ("llama dynamic", "phi3 longrope")
+NEW = 64  # greedy tokens
+PADDED = [PROMPT, [0] * (len(PROMPT) - len(SHORT)) + SHORT]
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # tests/e2e runs Hugging Face's forward of these
 ROWS = (0, 7, 11, 12, 15)
 
@@ -71,34 +88,40 @@ def exact(name: str) -> tuple[ExactProgram, ExactProgram]:
 @functools.cache
 def hugging_face(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Hugging Face's fp32 logits of the text, by steps with a cache, and of the short row of a padded batch."""
+    if name in MODELS:
+        return plain_logits(name, torch.tensor([TEXT]))[0], plain_logits(name, torch.tensor([SHORT]))[0]
     model = tiny_model(name)
-    parts, at = [], 0
     with torch.inference_mode():
-        cache = DynamicCache(config=model.config)
-        for count in STEPS:
-            ids = torch.tensor([TEXT[at : at + count]])
-            parts.append(model(ids, past_key_values=cache, use_cache=True).logits[0])
-            at += count
-        ids = torch.tensor([PROMPT, [0] * (len(PROMPT) - len(SHORT)) + SHORT])
-        mask = torch.tensor([[1] * len(PROMPT), [0] * (len(PROMPT) - len(SHORT)) + [1] * len(SHORT)])
-        more = {}
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        padded = model(ids, attention_mask=mask, use_cache=False, **more).logits
-    return torch.cat(parts), padded[1, -len(SHORT) :]
+        padded = model(**padded_inputs(model), use_cache=False).logits
+    return by_steps(model, TEXT), padded[1, -len(SHORT) :]
+
+
+@torch.inference_mode()
+def by_steps(model: Any, text: list[int]) -> torch.Tensor:
+    """Return a model's logits [T, vocab] of a text: its first tokens in one step, then each in its own."""
+    cache = DynamicCache(config=model.config)
+    first, *others = torch.tensor([text]).split([len(PROMPT)] + [1] * (len(text) - len(PROMPT)), 1)
+    return torch.cat([model(ids, past_key_values=cache, use_cache=True).logits[0] for ids in (first, *others)])
+
+
+@functools.cache
+def exact_bound(name: str, short: bool, row: int, token: int) -> float:
+    """Return the bound of a logit of the text or of the short sequence."""
+    return exact(name)[short].bound(row, token)
 
 
 def check_close(folder: Path, name: str, executor: str) -> None:
     found = load_file(folder / f"{name} {executor}.safetensors")
-    for key, ours, one, rows in zip(
-        ("text", "short"), (found["text"], found["short"]), exact(name), (ROWS, (0, len(SHORT) - 1)), strict=True
-    ):
-        theirs = hugging_face(name)[key == "short"]
+    ends = (0, len(SHORT) - 1)
+    # A row of a padded batch is the sequence without its padding, and its neighbour the first tokens of the text.
+    for key, short, rows in (("text", False, ROWS), ("beside", False, ROWS[:3]), ("short", True, ends),
+                             ("padded", True, ends)):  # fmt: skip
+        ours, theirs, one = found[key], hugging_face(name)[short], exact(name)[short].logits.detach()
         for row in rows:
             for token in {int(theirs[row].argmax()), int(theirs[row].argmin()), (7 * row) % VOCAB}:
-                bound = one.bound(row, token)
+                bound = exact_bound(name, short, row, token)
                 assert bound < 0.1 * float(theirs.std()), "a bound this wide would say little"
-                assert abs(float(ours[row, token]) - float(one.logits.detach()[row, token])) <= bound, (key, row, token)
+                assert abs(float(ours[row, token]) - float(one[row, token])) <= bound, (key, row, token)
                 assert abs(float(ours[row, token]) - float(theirs[row, token])) <= 2 * bound, (key, row, token)
 
 
@@ -112,9 +135,9 @@ def test_logits_are_hugging_faces(close_runs: Any, name: str, tp: int, executor:
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_of_every_family_are_hugging_faces(close_runs: Any, name: str, tp: int, executor: str) -> None:
-    check_close(close_runs(tuple(TINY), tp), name, executor)
+    check_close(close_runs(NAMES, tp), name, executor)
 
 
 # Families whose Hugging Face forward runs on a part of the heads.
@@ -144,13 +167,12 @@ def test_a_cut_model_that_needs_the_decoder_says_so() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
 def test_greedy_tokens_are_hugging_faces(decoder_ranks: Any, tp: int) -> None:
-    names = [name for name in TINY if name not in BY_LENGTH]
-    texts = {name: greedy_text(name) for name in names}
+    texts = {name: greedy_text(name) for name in NAMES}
     _, found = decoder_ranks(
         "greedy_texts", tp, texts={n: t for n, (t, _) in texts.items()}, executors=tuple(EXECUTORS)
     )
     compared = 0
-    for name in names:
+    for name in NAMES:
         text, theirs = texts[name]
         for executor in EXECUTORS:
             ours = found[0][f"{name} {executor}"]
@@ -161,30 +183,46 @@ def test_greedy_tokens_are_hugging_faces(decoder_ranks: Any, tp: int) -> None:
                     gap = float(theirs[row, best] - theirs[row, other])
                     one = long_exact(name, tuple(text))
                     assert gap <= 2 * (one.bound(row, best) + one.bound(row, other)), (name, executor, row)
-    assert compared > 0.9 * 64 * len(names) * len(EXECUTORS)
+    assert compared > 0.9 * NEW * len(NAMES) * len(EXECUTORS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2, 3])
 def test_generate_runs_on_the_decoder_in_every_family(decoder_ranks: Any, tp: int) -> None:
-    # Padded rows of these rotate by their own length here, by the longest row's in Hugging Face's forward.
-    names = [name for name in TINY if name not in BY_LENGTH]
-    _, found = decoder_ranks("generated", tp, families=names)
-    ids = torch.tensor([PROMPT, [0] * (len(PROMPT) - len(SHORT)) + SHORT])
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
+    # Padded rows of BY_LENGTH rotate by their own length here, by the longest row's in Hugging Face's forward.
+    batches = {name: [PROMPT] if name in BY_LENGTH else PADDED for name in NAMES}
+    _, found = decoder_ranks("generated", tp, families=batches)
     compared = 0
-    for name in names:
-        theirs = tiny_model(name).generate(ids, attention_mask=(ids != 0).long(), **options).tolist()
+    for name in NAMES:
         assert all(one[name] == found[0][name] for one in found), name
-        compared += sum(agreed(name, *rows) for rows in zip(found[0][name], theirs, strict=True))
-    assert compared > 0.9 * 8 * 2 * len(names)
+        compared += sum(agreed(name, *rows) for rows in zip(found[0][name], generated(name), strict=True))
+    assert compared > 0.9 * 8 * sum(map(len, batches.values()))
+
+
+@functools.cache
+def generated(name: str) -> list[list[int]]:
+    """Return what Hugging Face's model generates from the rows of a batch, with their padding."""
+    ids = torch.tensor([PROMPT] if name in BY_LENGTH else PADDED)
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
+    if name not in MODELS:
+        return tiny_model(name).generate(ids, attention_mask=(ids != 0).long(), **options).tolist()
+    return [[0] * row.count(0) + continued(name, row[row.count(0) :], 8)[0] for row in ids.tolist()]
+
+
+def continued(name: str, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
+    """Return a prompt and its greedy tokens by a forward in plain torch, and the logits of all but the last."""
+    text = list(prompt)
+    for _ in range(count):
+        logits = plain_logits(name, torch.tensor([text]))[0]
+        text.append(int(logits[-1].argmax()))
+    return text, logits
 
 
 def agreed(name: str, ours: list[int], theirs: list[int]) -> int:
     """Return how many new tokens are the same before two texts part, which they may where both logits are as good."""
     for at in range(len(PROMPT), len(ours)):
         if ours[at] != theirs[at]:
-            text = tuple(token for token in ours[:at] if token)  # without the padding
+            text = tuple(ours[next(i for i, token in enumerate(ours) if token) : at])  # without the padding
             one = long_exact(name, text)
             # Each forward may be wrong by the bound of each token's logit.
             gap = float((one.logits[-1, theirs[at]] - one.logits[-1, ours[at]]).detach())
@@ -195,20 +233,25 @@ def agreed(name: str, ours: list[int], theirs: list[int]) -> int:
 
 @functools.cache
 def greedy_text(name: str) -> tuple[list[int], torch.Tensor]:
-    """Return the prompt and 64 greedy tokens of Hugging Face's model, and its logits of them all."""
-    model, text = tiny_model(name), list(PROMPT)
+    """Return the prompt and its greedy tokens by Hugging Face's model, and its logits of all but the last."""
+    if name in MODELS:
+        return continued(name, PROMPT, NEW)
+    model, text, parts = tiny_model(name), list(PROMPT), []
+    cache, ids = DynamicCache(config=model.config), torch.tensor([PROMPT])
     with torch.inference_mode():
-        for _ in range(64):
-            logits = model(torch.tensor([text]), use_cache=False).logits[0]
-            text.append(int(logits[-1].argmax()))
-    return text, logits
+        for _ in range(NEW):
+            parts.append(model(ids, past_key_values=cache, use_cache=True).logits[0])
+            text.append(int(parts[-1][-1].argmax()))
+            ids = torch.tensor([text[-1:]])
+    return text, torch.cat(parts)
 
 
 @functools.cache
 def long_exact(name: str, text: tuple[int, ...]) -> ExactProgram:
     """Return the exact program of a long text."""
     _, program = tiny_program(name, "fp16", "fp32", SingleGroup())
-    return ExactProgram(program, torch.tensor(text), [len(text)])
+    first = min(len(PROMPT), len(text))
+    return ExactProgram(program, torch.tensor(text), [first] + [1] * (len(text) - first))
 
 
 @pytest.mark.slow
@@ -228,8 +271,7 @@ def test_plain_torch_steps_are_hugging_faces(name: str) -> None:
 
 def check_bits(bit_runs: Any, families: tuple[str, ...], name: str, degrees: tuple[int, ...], executor: str) -> None:
     first = bit_runs(families, 1)[0][f"{name} {executor}"]
-    if name not in BY_LENGTH:
-        assert len(set(first.values())) == 1, first
+    assert len(set(first.values())) == 1, first
     for tp in degrees:
         for rank, found in enumerate(bit_runs(families, tp)):
             assert found[f"{name} {executor}"] == first, (tp, rank)
@@ -243,9 +285,9 @@ def test_integer_formats_give_the_same_bits(bit_runs: Any, name: str, executor: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", NAMES)
 def test_integer_formats_give_the_same_bits_in_every_family(bit_runs: Any, name: str, executor: str) -> None:
-    check_bits(bit_runs, tuple(TINY), name, (2, 4), executor)
+    check_bits(bit_runs, NAMES, name, (2, 4), executor)
 
 
 @pytest.mark.slow
