@@ -35,6 +35,13 @@ ROUTED = (
     Kind("shared always", experts=4, inner=64, shared=64, fused=True, norms=("attn_norm", "mlp_norm", "mlp_post_norm")),
     Kind("routed parallel", experts=4, inner=64, norms=("attn_norm",), layer=PARALLEL),
 )
+# Wide enough for every product to be dealt out to several threads as several tasks.
+LARGE = (
+    Kind("large parallel", hidden=256, heads=8, kv_heads=4, inner=512, norm="layer", bias=True, gated=False,
+         activation="gelu_tanh", norms=("attn_norm",), layer=PARALLEL),
+    Kind("large routed parallel", hidden=256, heads=8, kv_heads=4, inner=256, experts=4, norms=("attn_norm",),
+         layer=PARALLEL),
+)  # fmt: skip
 ELEMENTS = (
     Kind("fp16", format="fp16"),
     Kind("bf16", format="bf16"),

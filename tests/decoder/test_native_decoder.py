@@ -16,7 +16,7 @@ from dist_lowbit.core.native import native_why_not
 from dist_lowbit.decoder.native import NativeDecoder
 from dist_lowbit.decoder.torch_decoder import TorchDecoder
 from dist_lowbit.ops.library import start_pool
-from tests.decoder.program_kinds import ELEMENTS, KINDS, ROUTED
+from tests.decoder.program_kinds import ELEMENTS, KINDS, LARGE, ROUTED
 from tests.decoder.tiny_programs import Builder, Kind, Runner, mixed, tokens
 from tests.e2e.bodies import digest
 
@@ -65,7 +65,7 @@ def test_every_type_of_cache(kind: Kind, dtype: str) -> None:
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("kind", [PLAIN, KINDS[4], ROUTED[1]], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [PLAIN, KINDS[4], ROUTED[1], *LARGE], ids=lambda kind: kind.name)
 def test_company_chunks_threads_and_isa_change_no_bit(kind: Kind, pool: Callable[[int], None]) -> None:
     program, text = Builder(kind).program(), tokens(40, kind.vocab)
     pool(1)
@@ -73,7 +73,8 @@ def test_company_chunks_threads_and_isa_change_no_bit(kind: Kind, pool: Callable
     wanted.feed({0: text})
     # The router's product is fp32, whose order scalar code keeps but not its roundings (no FMA).
     first = "avx2" if kind.experts else "scalar"
-    for isa, threads in ((first, 1), (ops.active_isa(), 2)):
+    best = ops.active_isa()
+    for isa, threads in ((first, 1), (best, 2), (best, 3), (best, 5)):
         ops.select_isa(str(isa))
         pool(threads)
         runner = Runner(NativeDecoder(program), program, 3, "fp32")

@@ -18,6 +18,7 @@ from dist_lowbit.formats import FORMATS, quantize
 from dist_lowbit.optimize import convert
 from tests.bounds import format_bound, linear_bound, margin_bound
 from tests.e2e.exact import Yardstick
+from tests.ops.native_kernels import library, threads
 
 SAMPLE = str(dist_lowbit.sample.path())
 PROMPTS = ("Once upon a time", "The little dog was sad because", "One day, Lily and her mom went to the")
@@ -86,7 +87,8 @@ def test_bits_are_the_same_at_every_degree(runs) -> None:  # type: ignore[no-unt
 
 
 @pytest.mark.slow
-def test_bits_are_the_same_on_eight_ranks_of_a_head_each(runs) -> None:  # type: ignore[no-untyped-def]
+def test_bits_are_the_same_on_eight_ranks(runs) -> None:  # type: ignore[no-untyped-def]
+    # A group of 64 weights spans two heads of 32: four ranks hold two heads each, and four none.
     check_bits(runs, tuple(QUICK), (8,))
 
 
@@ -112,17 +114,14 @@ def test_three_ranks_are_within_the_bound(runs, tokenizer, form: tuple[str, str]
 
 
 def test_threads_do_not_change_a_bit(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    # 333 tokens: torch deals elementwise work out to threads from 32768 elements on, and 3 and 5 divide nothing.
+    # 333 tokens: 3 and 5 divide nothing.
     model = low_bit.AutoModelForCausalLM.from_pretrained(SAMPLE, load_in_low_bit="sym_int4")
     ids = torch.arange(3, 336)[None]
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            with torch.inference_mode():
-                found.append(model(ids).logits)
-    finally:
-        torch.set_num_threads(before)
+    found = []
+    for count in (1, 2, 3, 5):
+        with threads(count), torch.inference_mode():
+            assert library().dlb_threads_count() == count
+            found.append(model(ids).logits)
     assert all(torch.equal(one, found[0]) for one in found)
 
 
