@@ -22,6 +22,9 @@ twice the bound of each other. The constants hold for sums in any order, with u 
 - a router's weight, of E experts: an exponential, E additions and a division, (E + 6) u and u of the distance to the
   largest logit; k more where the chosen are divided by their sum. The sum over experts: a product and an addition each.
 - soft-capped logits: as in a score.
+- a cache of 16 bits: half an ulp of each key and value, 2^-11 or 2^-8 of it (fp16: and 2^-25 below its normal numbers).
+  int8: scale = fp16(amax / 127) of a head's row, half a step of it: amax / 254, and 2^-10 of that for the scale's own
+  rounding. These are larger than the rest (relative 2^-7 at most), so 2^-3 of the bound is added instead of 2^-10.
 """
 
 from __future__ import annotations
@@ -47,9 +50,11 @@ _ACTIVATIONS = {
 class ExactProgram:
     """The logits of one sequence, in fp64, and bounds on single ones. For programs of one rank."""
 
-    def __init__(self, program: Program, ids: torch.Tensor, chunks: list[int]) -> None:
-        """ids: [T]. chunks: lengths of the steps that the sequence is run in (lengths decide some frequencies)."""
-        self.program = program
+    def __init__(self, program: Program, ids: torch.Tensor, chunks: list[int], kv: str = "fp32") -> None:
+        """ids: [T]. chunks: lengths of the steps that the sequence is run in (lengths decide some frequencies). kv: the
+        dtype that keys and values are rounded to.
+        """
+        self.program, self.kv = program, kv
         self.noted: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.turns = []
         for rope in program.ropes:
@@ -64,10 +69,11 @@ class ExactProgram:
     def bound(self, row: int, token: int) -> float:
         """Bound how far one fp32 computation's logit may be off."""
         places = [place for place, _ in self.noted]
-        slopes = torch.autograd.grad(self.logits[row, token], places, retain_graph=True, allow_unused=True)
+        with torch.enable_grad():
+            slopes = torch.autograd.grad(self.logits[row, token], places, retain_graph=True, allow_unused=True)
         pairs = zip(slopes, self.noted, strict=True)
         total = sum(float((slope.abs() * error).sum()) for slope, (_, error) in pairs if slope is not None)
-        return total * (1 + 2.0**-10)
+        return total * (1 + (2.0**-10 if self.kv == "fp32" else 2.0**-3))
 
     def note(self, y: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
         """Return y with a place for an error of at most `error`."""
@@ -146,8 +152,17 @@ class ExactProgram:
         q, k = (self.norm(norm, part.transpose(0, 1)).transpose(0, 1) for norm, part in ((a.q_norm, q), (a.k_norm, k)))
         if a.rope >= 0:
             q, k = (self.turned(part, a.rope) for part in (q, k))
+        k, v = (self.note(part, self.rounding(part)) for part in (k, v))
         index = list(a.heads.kv_index)
         return self.linear(a.o, self.attended(a, q, k[index], v[index]).transpose(0, 1).flatten(1))
+
+    def rounding(self, x: torch.Tensor) -> torch.Tensor:
+        """Bound what a cache's dtype changes in keys or values [heads, T, D]."""
+        if self.kv == "int8":
+            return (x.abs().amax(-1, keepdim=True) / 254 * (1 + 2.0**-10)).expand_as(x)
+        if self.kv == "fp32":
+            return torch.zeros_like(x)
+        return 2.0**-11 * x.abs() + 2.0**-25 if self.kv == "fp16" else 2.0**-8 * x.abs()
 
     def turned(self, x: torch.Tensor, index: int) -> torch.Tensor:
         (cos, sin), rope = self.turns[index], self.program.ropes[index]

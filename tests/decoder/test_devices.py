@@ -10,12 +10,14 @@ import torch
 
 import dist_lowbit
 from dist_lowbit import optimize_model
+from dist_lowbit.comm import SingleGroup
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.decoder.backbone import FusedBackbone
 from dist_lowbit.engine.loop import DecodeLoop, backbone_of
 from dist_lowbit.ops import usable_device
+from tests.decoder.exact_program import ExactProgram
 from tests.decoder.pretended import There, pretended
-from tests.decoder.runs import PROMPT
+from tests.decoder.runs import PROMPT, SHORT, padded_inputs, program_of
 from tests.decoder.tiny_families import tiny_model
 
 # What is kept, by family: int8 keys, an embedding that is scaled, frequencies by length, experts, slopes, position
@@ -33,6 +35,20 @@ GPU = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_availabl
 GPU_MISSING = pytest.mark.skipif(GPU is None, reason="torch finds no CUDA or XPU device here")
 
 
+def exact(model: Any, text: list[int], chunks: list[int], kv: str) -> ExactProgram:
+    """Return what a model on the cpu computes of a text without roundings."""
+    with torch.inference_mode(False):
+        return ExactProgram(program_of(model, SingleGroup()), torch.tensor(text), chunks, kv)
+
+
+def check_token(one: ExactProgram, found: list[list[int]]) -> None:
+    """Check that two models chose the same token, or two whose logits are nearer than both may err."""
+    (first,), (second,) = found
+    gap = float((one.logits[-1, first] - one.logits[-1, second]).detach())
+    last = len(one.logits) - 1
+    assert first == second or abs(gap) <= one.bound(last, first) + one.bound(last, second), found
+
+
 def inputs() -> dict[str, torch.Tensor]:
     """Return two rows, one of them padded on the left."""
     ids, mask = torch.tensor([PROMPT, PROMPT[::-1]]), torch.ones(2, len(PROMPT), dtype=torch.int64)
@@ -45,17 +61,27 @@ def check(name: str, device: str, on: torch.device) -> None:
     here: Any = optimize_model(tiny_model(name), "sym_int4", decoder="torch", compute="fp32", **KINDS[name])
     there: Any = optimize_model(tiny_model(name), "sym_int4", device=device, **KINDS[name])
     assert {p.device for p in [*there.parameters(), *there.buffers()]} == {on}
-    for given in ({k: v.to(on) for k, v in inputs().items()}, inputs()):  # inputs of the cpu are moved
-        logits = there(**given).logits
+    kv, padded = KINDS[name].get("kv_cache_dtype", "fp32"), padded_inputs(here)
+    texts = [exact(here, text, [len(text)], kv) for text in (PROMPT, SHORT)]
+    for given in ({k: v.to(on) for k, v in padded.items()}, padded):  # inputs of the cpu are moved
+        logits, wanted = there(**given).logits, here(**padded).logits
         assert logits.device == on
-        # Sums of some hundred fp32 numbers in two orders, through two layers; int8 keys may round to the next code.
-        torch.testing.assert_close(logits.cpu(), here(**inputs()).logits, rtol=2e-2, atol=2e-2)
+        for row, one in enumerate(texts):
+            # Each of the two is one computation with the roundings that the bound counts.
+            for token in {int(wanted[row, -1].argmax()), int(wanted[row, -1].argmin()), 7}:
+                apart = abs(float(logits[row, -1, token].cpu() - wanted[row, -1, token]))
+                assert apart <= 2 * one.bound(len(one.logits) - 1, token), (row, token)
     loops = [DecodeLoop(backbone_of(model)) for model in (here, there)]
     firsts = [loop.start([PROMPT]) for loop in loops]
-    assert len(firsts[1]) == 1
-    loops[1].go_on(firsts[0])
+    check_token(texts[0], firsts)
+    longer = exact(here, PROMPT + firsts[0], [len(PROMPT), 1], kv)
+    check_token(longer, [loop.go_on(firsts[0]) for loop in loops])
     stores = [loop._blocks.store for loop in loops]
     assert {t.device for t in stores[1].tensors()} == {on}
+    if kv == "int8":  # a bound on logits is wide here; errors of fp32 move a code of the first layer by one at most
+        codes = [store.keys[0].cpu().int() for store in stores]
+        assert int((codes[0] - codes[1]).abs().max()) <= 1
+        assert float((codes[0] == codes[1]).double().mean()) > 0.99
 
 
 @pytest.mark.parametrize(
