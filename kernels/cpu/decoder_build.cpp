@@ -4,6 +4,7 @@
 #include <new>
 
 #include "decoder_state.h"
+#include "linear_jobs.h"
 
 namespace dlb {
 namespace {
@@ -107,9 +108,13 @@ bool dlb_decoder::take_mlp(Layer* layer) const {
     if (layer->routed()) {
         if (layer->router.k != program_.hidden || layer->router.n != r.count || r.top_k < 1 || r.top_k > r.count)
             return false;
-        if (layer->shared_gate.exists() && (layer->shared_gate.n != 1 || !r.has_shared)) return false;
+        const Matrix& gate = layer->shared_gate;
+        if (gate.exists() && (gate.k != program_.hidden || gate.n != 1 || !r.has_shared)) return false;
+        if (r.count > kDlbMaxExperts || r.activation < 0 || r.activation >= DLB_ACTIVATIONS) return false;
         layer->experts.assign(r.experts, r.experts + r.count + (r.has_shared ? 1 : 0));
-        return true;
+        // A step must not find out about an expert with a part of its keys in the cache.
+        const int64_t count = static_cast<int64_t>(layer->experts.size());
+        return dlb::experts_why_not(layer->experts.data(), count, program_.hidden, program_.hidden) == DLB_OK;
     }
     for (int i = 0; i < 2 && g.mlp.up[i].packed != nullptr; i++) {
         Matrix& w = layer->up[i];

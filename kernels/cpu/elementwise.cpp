@@ -17,7 +17,7 @@ namespace {
 
 // Less than this many numbers per task is not worth waking a thread for.
 constexpr int64_t kGrain = 16384;
-constexpr int64_t kMaxExperts = 1024, kLanes = 16;
+constexpr int64_t kLanes = 16;
 
 // The index of the largest logit that is not taken, the lowest of equals; NaN loses to none and beats none.
 int64_t next_expert(const float* logits, int64_t experts, const bool* taken) {
@@ -29,8 +29,8 @@ int64_t next_expert(const float* logits, int64_t experts, const bool* taken) {
 
 void route_row(const FloatKernels& kernels, const float* logits, int64_t experts, int64_t top_k, bool normalize,
                int32_t* ids, float* weights) {
-    float e[kMaxExperts];
-    bool taken[kMaxExperts] = {};
+    float e[kDlbMaxExperts];
+    bool taken[kDlbMaxExperts] = {};
     const int64_t padded = (experts + kLanes - 1) / kLanes * kLanes;
     memcpy(e, logits, static_cast<size_t>(experts) * 4);
     std::fill(e + experts, e + padded, -std::numeric_limits<float>::infinity());
@@ -53,7 +53,7 @@ void dlb_exp_poly(const float* x, float* out, int64_t n) { dlb::float_kernels().
 
 DLB_API int dlb_route(const float* logits, int64_t logits_stride, int64_t m, int64_t experts, int64_t top_k,
                       int32_t normalize, int32_t* ids, int64_t ids_stride, float* weights, int64_t weights_stride) {
-    if (top_k < 1 || top_k > experts || experts > dlb::kMaxExperts) return DLB_BAD_SPEC;
+    if (top_k < 1 || top_k > experts || experts > kDlbMaxExperts) return DLB_BAD_SPEC;
     const dlb::FloatKernels& kernels = dlb::float_kernels();
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r)

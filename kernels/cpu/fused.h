@@ -117,14 +117,17 @@ struct dlb_moe_in {
 // tree over the segments. So tp = 1, 2, 4, 8 give the same bits where every rank holds the segments of each expert.
 // A shared expert is one more expert, the last, of another I if need be, with weight sigmoid(its gate) in a slot of its
 // own. Rows are grouped by expert: each expert's weights are read once for all its rows (of a slice of 512 tokens). A
-// row without experts is +0. Cost at m = 1: three loops of the pool. All `down` have one N, all `gate` K = in->k.
+// row without experts is +0. Cost at m = 1: three loops of the pool. All `down` have one N, all `gate` K = in->k; an
+// expert that no row asks for need not be looked at.
 DLB_API int dlb_moe(const dlb_moe_in* in, const dlb_rows_out* out);
+
+constexpr int64_t kDlbMaxExperts = 1024;
 
 // Choose top_k experts for each of m rows of router logits [m, experts]: the largest logits in descending order, ties
 // to the lower index. weight = p_i = e_i / sum e, e_i = exp_poly(logit_i - max), the sum over all experts in 16 lanes
 // by index mod 16 and their tree. normalize != 0: p_i / (sum of the chosen p, in sequence in the order chosen). ids and
 // weights [m, *] with strides, so that a slot for a shared expert can follow. A row with NaN has valid ids and NaN
-// weights. 1 <= top_k <= experts <= 1024.
+// weights. 1 <= top_k <= experts <= kDlbMaxExperts.
 DLB_API int dlb_route(const float* logits, int64_t logits_stride, int64_t m, int64_t experts, int64_t top_k,
                       int32_t normalize, int32_t* ids, int64_t ids_stride, float* weights, int64_t weights_stride);
 

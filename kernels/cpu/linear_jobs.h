@@ -52,6 +52,9 @@ struct SegmentTerm {
 // sum = sum + factor * segment, two roundings. All terms have n rows of N. A dlb_status.
 int sum_segments(const SegmentTerm* terms, int64_t count, int64_t m, int64_t n, const dlb_rows_out& out);
 
+// Whether these experts take rows of k numbers and give n, all of them in one dlb_moe (moe.cpp). A dlb_status.
+int experts_why_not(const dlb_expert* experts, int64_t count, int64_t k, int64_t n);
+
 // Rows of a call that are worked on at a time, so that scratch memory is bounded whatever M is.
 int64_t slice_rows(int64_t m, int64_t bytes_per_row);
 

@@ -28,6 +28,30 @@ struct Active {
     int64_t width;
 };
 
+// Check an expert of rows of k numbers and results of n, and take what it is made of. A dlb_status.
+int open_expert(const KernelTable& table, const dlb_expert& given, int64_t k, int64_t n, Active* a) {
+    int status = open_weight(table, given.gate, given.gate_bytes, &a->gate);
+    if (status == DLB_OK) status = open_weight(table, given.down, given.down_bytes, &a->down);
+    a->has_up = given.up != nullptr;
+    if (status == DLB_OK && a->has_up) status = open_weight(table, given.up, given.up_bytes, &a->up);
+    if (status != DLB_OK) return status;
+    a->inner = a->down.view.k;
+    a->gated = a->has_up || a->gate.view.n != a->inner;
+    a->width = (a->gated ? 2 : 1) * a->inner;
+    const int64_t up_n = a->has_up ? a->up.view.n : 0, up_k = a->has_up ? a->up.view.k : k;
+    if (a->has_up && up_n != a->inner) return DLB_BAD_SHAPE;
+    if (a->gate.view.n + up_n != a->width || a->gate.view.k != k || up_k != k || a->down.view.n != n)
+        return DLB_BAD_SHAPE;
+    return DLB_OK;
+}
+
+// Note what an expert wants of the rows that it takes. A dlb_status: there may be too many kinds of summation blocks.
+int note_need(Active* a, RowsNeed* need) {
+    a->gate_index = need_of(a->gate, need);
+    a->up_index = a->has_up ? need_of(a->up, need) : -1;
+    return need->blocks < kDlbMaxProducts - 1 ? DLB_OK : DLB_BAD_SPEC;  // the next expert may need two more
+}
+
 // Experts one after the other that agree in shape: one activation call makes the rows of all their downs.
 struct Run {
     int64_t begin, end;  // actives
@@ -117,23 +141,6 @@ class Moe {
         return DLB_OK;
     }
 
-    int open_expert(const dlb_expert& given, Active* a) {
-        int status = open_weight(table_, given.gate, given.gate_bytes, &a->gate);
-        if (status == DLB_OK) status = open_weight(table_, given.down, given.down_bytes, &a->down);
-        a->has_up = given.up != nullptr;
-        if (status == DLB_OK && a->has_up) status = open_weight(table_, given.up, given.up_bytes, &a->up);
-        if (status != DLB_OK) return status;
-        a->inner = a->down.view.k;
-        a->gated = a->has_up || a->gate.view.n != a->inner;
-        a->width = (a->gated ? 2 : 1) * a->inner;
-        const int64_t up_n = a->has_up ? a->up.view.n : 0, up_k = a->has_up ? a->up.view.k : in_.k;
-        if (a->gate.view.n + up_n != a->width || a->gate.view.k != in_.k || up_k != in_.k || a->down.view.n != n_)
-            return DLB_BAD_SHAPE;
-        a->gate_index = need_of(a->gate, &need_);
-        a->up_index = a->has_up ? need_of(a->up, &need_) : -1;
-        return DLB_OK;
-    }
-
     int open() {
         for (int64_t e = 0; e < in_.expert_count; ++e) {
             const int64_t first = books_.start[e], count = books_.start[e + 1] - first;
@@ -143,9 +150,9 @@ class Moe {
             a->expert = static_cast<int32_t>(e);
             a->first = first;
             a->count = count;
-            const int status = open_expert(in_.experts[e], a);
+            int status = open_expert(table_, in_.experts[e], in_.k, n_, a);
+            if (status == DLB_OK) status = note_need(a, &need_);
             if (status != DLB_OK) return status;
-            if (need_.blocks >= kDlbMaxProducts - 1) return DLB_BAD_SPEC;  // the next expert may need two more
             gathers_ |= !consecutive(*a);
         }
         return DLB_OK;
@@ -316,6 +323,18 @@ int64_t slice_of(const dlb_moe_in& in, int64_t inner) {
 }
 
 }  // namespace
+
+int experts_why_not(const dlb_expert* experts, int64_t count, int64_t k, int64_t n) {
+    RowsNeed need;
+    for (int64_t e = 0; e < count; ++e) {
+        Active a = {};
+        int status = open_expert(active_table(), experts[e], k, n, &a);
+        if (status == DLB_OK) status = note_need(&a, &need);
+        if (status != DLB_OK) return status;
+    }
+    return DLB_OK;
+}
+
 }  // namespace dlb
 
 DLB_API int dlb_moe(const dlb_moe_in* in, const dlb_rows_out* out) {
@@ -325,6 +344,8 @@ DLB_API int dlb_moe(const dlb_moe_in* in, const dlb_rows_out* out) {
     status = dlb::open_weight(dlb::active_table(), in->experts[0].down, in->experts[0].down_bytes, &down);
     if (status != DLB_OK) return status;
     const int64_t step = dlb::slice_of(*in, down.view.k);
+    // A slice checks its experts before it writes; of several, the first may not have those of the next.
+    if (in->m > step) status = dlb::experts_why_not(in->experts, in->expert_count, in->k, down.view.n);
     for (int64_t first = 0; first < in->m && status == DLB_OK; first += step)
         status = dlb::Moe(*in, *out, first, std::min(step, in->m - first), down.view.n).run();
     return status;

@@ -348,9 +348,48 @@ void decode(Model& model, int kv_type, int64_t longest) {
     }
 }
 
+// Programs whose parts do not fit together are refused before a step could find out.
+void refusals() {
+    Model model(false, false);
+    dlb_routed* routed = &model.layers[1].routed;
+    const auto refused = [&](const char* what) {
+        int status = DLB_OK;
+        dlb_decoder* decoder = dlb_decoder_create(&model.program, &status);
+        check(decoder == nullptr && status == DLB_BAD_SPEC, what, "any", status, 0, 0);
+        if (decoder != nullptr) dlb_decoder_destroy(decoder);
+    };
+    const dlb_routed good = *routed;
+    for (const int32_t activation : {-1, static_cast<int32_t>(DLB_ACTIVATIONS)}) {
+        routed->activation = activation;
+        refused("activation of experts");
+    }
+    *routed = good;
+    routed->shared_gate.packed = model.pack(kFp16, 1, kHidden + 1, &routed->shared_gate.bytes);
+    refused("K of a shared gate");
+    *routed = good;
+    // The first expert, another one, the shared one.
+    for (const size_t e : {0, 2, 4}) {
+        const dlb_expert expert = model.experts[e];
+        dlb_expert* bad = &model.experts[e];
+        bad->down = model.pack(kSym4, kHidden + 16, kInner, &bad->down_bytes);
+        refused("N of an expert");
+        *bad = expert;
+        bad->gate = model.pack(kSym4, 2 * kInner, kHidden - 1, &bad->gate_bytes);
+        refused("K of an expert");
+        *bad = expert;
+        bad->gate = model.pack(kSym4, 2 * kInner + 1, kHidden, &bad->gate_bytes);
+        refused("N of an expert's gate");
+        *bad = expert;
+        bad->down_bytes -= 64;
+        refused("bytes of an expert");
+        *bad = expert;
+    }
+}
+
 }  // namespace
 
 void decoders() {
+    refusals();
     for (const bool plain : {false, true})
         for (const bool ranks : {false, true}) {
             if (brief && ranks) continue;

@@ -215,6 +215,40 @@ void stacked(const Layout& layout, int64_t m, int64_t k, int type) {
     }
 }
 
+// An expert of another N, which only the last of many rows asks for: nothing is written.
+void bad_expert() {
+    constexpr int64_t m = 520, k = 32, n = 37;  // two slices
+    const Layout layout = {"a bad expert", true, true, kSym4, 0};
+    for (const bool wide : {false, true}) {
+        Stack stack(layout, k, n, 3);
+        dlb_expert* last = &stack.experts[1];
+        last->down = stack.add(kSym4, wide ? n + 16 : n, wide ? 100 : 90, &last->down_bytes);
+        Guarded<float> x(m * k), weights(m), y(m * n);
+        Guarded<int32_t> ids(m);
+        fill_floats(x);
+        fill_floats(weights);
+        for (size_t i = 0; i < y.size(); ++i) y[i] = 7.0f;
+        for (size_t i = 0; i < ids.size(); ++i) ids[i] = i + 1 == ids.size();
+        dlb_moe_in in = zeroed<dlb_moe_in>();
+        in.x = x.data();
+        in.x_stride = in.k = k;
+        in.m = m;
+        in.experts = stack.experts.data();
+        in.expert_count = 3;
+        in.ids = ids.data();
+        in.weights = weights.data();
+        in.slots = 1;
+        in.activation = DLB_ACT_SILU;
+        dlb_rows_out out = zeroed<dlb_rows_out>();
+        out.y = y.data();
+        out.y_stride = n;
+        const int status = dlb_moe(&in, &out);
+        bool untouched = true;
+        for (size_t i = 0; i < y.size(); ++i) untouched &= y[i] == 7.0f;
+        check(status == DLB_BAD_SHAPE && untouched, "a bad expert", "any", status, wide, 0);
+    }
+}
+
 void route(int64_t m, int64_t count, int64_t top_k, bool normalize) {
     const int64_t stride = count + 2, slots = top_k + 1;
     Guarded<float> logits((m - 1) * stride + count);
@@ -279,6 +313,7 @@ void experts() {
                 if (brief && (m != 4 || k != 33)) continue;
                 stacked(layout, m, k, static_cast<int>((m + k / 32) % 3));
             }
+    if (!brief) bad_expert();
 }
 
 void routes() {
