@@ -9,7 +9,7 @@
 // its integer and w_scale by w_scale multiplier.
 //
 // For elements, and for codes where the spec says fp32, x stays as it is: four sums by k mod 4 in each block, by FMA
-// where the ISA has it (so in all but scalar), then (s0 + s1) + (s2 + s3), times w_scale (multiplier) where there are
+// (where the ISA has none, by generic/fma.h), then (s0 + s1) + (s2 + s3), times w_scale (multiplier) where there are
 // scales; blocks and segments as above. Codes enter as c - center, c - zero_point or table value, and as fma(c,
 // w_scale, min), which needs no scale behind the sum.
 #include <string.h>

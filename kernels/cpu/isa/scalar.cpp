@@ -7,6 +7,7 @@
 namespace dlb {
 namespace {
 
+#include "../generic/fma.h"
 #include "../generic/half.h"
 #include "../generic/tree.h"
 
@@ -198,7 +199,8 @@ void add_element_block(const LinearView& w, const uint8_t* panel, int64_t block,
     float sum[4][kPanelRows] = {};
     for (int64_t i = k; i < end; ++i)
         for (int r = 0; r < kPanelRows; ++r)
-            sum[(i - k) % 4][r] += load_element(w.element, panel + w.plane_offset[0], i * kPanelRows + r) * x[i];
+            sum[(i - k) % 4][r] = fma_once(load_element(w.element, panel + w.plane_offset[0], i * kPanelRows + r), x[i],
+                                           sum[(i - k) % 4][r]);
     for (int r = 0; r < kPanelRows; ++r) {
         float total = (sum[0][r] + sum[1][r]) + (sum[2][r] + sum[3][r]);
         if (w.scale_type != DLB_SCALE_NONE)
@@ -223,10 +225,10 @@ void add_fp32_block(const LinearView& w, const uint8_t* panel, int64_t block, in
             if (Table)
                 weight = w.values[code];
             else if (w.offset == DLB_OFFSET_MIN)
-                weight = weight * load_scale(w, panel, group + r) + load_scale(w, offsets, group + r);
+                weight = fma_once(weight, load_scale(w, panel, group + r), load_scale(w, offsets, group + r));
             else
                 weight = weight - static_cast<float>(w.offset == DLB_OFFSET_NONE ? w.center : offsets[group + r]);
-            sum[i % 4][r] += weight * x[i];
+            sum[i % 4][r] = fma_once(weight, x[i], sum[i % 4][r]);
         }
     }
     for (int r = 0; r < kPanelRows; ++r) {

@@ -198,27 +198,24 @@ inline Packed packed_weight(const Code& code, int64_t n, int64_t k, int64_t grou
 
 inline int64_t bytes_of(const Packed& packed) { return static_cast<int64_t>(packed->size()); }
 
-// Weights of which every ISA gives the same bits.
+// Weights of every path.
 constexpr Code kSym4 = {DLB_AFFINE, 4, DLB_OFFSET_NONE, 0, DLB_COMPUTE_INT8};
 constexpr Code kAsym5 = {DLB_AFFINE, 5, DLB_OFFSET_MIN, 0, DLB_COMPUTE_INT8};
 constexpr Code kZero3 = {DLB_AFFINE, 3, DLB_OFFSET_ZERO_POINT, 0, DLB_COMPUTE_INT8};
 constexpr Code kSym8 = {DLB_AFFINE, 8, DLB_OFFSET_NONE, 0, DLB_COMPUTE_INT8};
 constexpr Code kTable4 = {DLB_TABLE, 4, DLB_OFFSET_NONE, 0, DLB_COMPUTE_INT8};
-// The same from AVX2 on: scalar code has no FMA.
 constexpr Code kFp16 = {DLB_ELEMENT, 8, 0, DLB_FP16, 0};
 constexpr Code kE4M3 = {DLB_ELEMENT, 8, 0, DLB_E4M3, 0};
 constexpr Code kSym4Fp32 = {DLB_AFFINE, 4, DLB_OFFSET_NONE, 0, DLB_COMPUTE_FP32};
 
-// Call `run` on every instruction set and compare what it leaves in `out` with what the first one left, from `first`
-// on.
-inline void compare(const char* what, Guarded<uint8_t>& out, int first, int64_t a, int64_t b, int64_t c,
+// Call `run` on every instruction set and compare what it leaves in `out` with what the first one left.
+inline void compare(const char* what, Guarded<uint8_t>& out, int64_t a, int64_t b, int64_t c,
                     const std::function<int()>& run) {
     std::vector<uint8_t> want;
     for (const int isa : instruction_sets()) {
         dlb_isa_select(isa);
         fill_bytes(out, 0);
         check(run() == DLB_OK, what, dlb_isa_name(isa), a, b, c);
-        if (isa < first) continue;
         if (want.empty()) want.assign(out.data(), out.data() + out.size());
         check(memcmp(want.data(), out.data(), out.size()) == 0, what, dlb_isa_name(isa), a, b, c);
     }
