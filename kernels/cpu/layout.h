@@ -46,7 +46,9 @@ constexpr Planes kPlanes[kMaxBits + 1] = {{{0, 0}}, {{1, 0}}, {{2, 0}}, {{2, 1}}
 
 // Which bit of a byte of plane 1 holds quad t of a chunk, if that plane has one bit. Beside a plane of 2 bits, t and t
 // + 2 are four bits apart in both planes, so that a shift and a mask move the bits of two quads.
-constexpr int high_place(int low_bits, int t) { return low_bits != 2 ? t : (t & 1) | (t & 4) >> 1 | (t & 2) << 1; }
+static constexpr int high_place(int low_bits, int t) {
+    return low_bits != 2 ? t : (t & 1) | (t & 4) >> 1 | (t & 2) << 1;
+}
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
