@@ -21,7 +21,7 @@ from dist_lowbit.core.rank import RankInfo
 from .collective import NativeCollective, called_back
 from .group import Group, Json
 from .meeting import Exchange, Meeting
-from .peers import Peer
+from .peers import Peer, some
 from .tree import DTYPES
 
 P = ParamSpec("P")
@@ -161,10 +161,7 @@ class BaseGroup(ABC):
         entries = self.gather_object([color, self.rank if key is None else key])
         members = sorted((entry[1], rank) for rank, entry in enumerate(entries) if entry[0] == color)
         ranks = [rank for _, rank in members]
-        peers = [
-            Peer(i, *(getattr(self.peers[rank], field) for field in ("host", "machine", "pid", "started")))
-            for i, rank in enumerate(ranks)
-        ]
+        peers = some(self.peers, ranks)
 
         def exchange(value: Json) -> list[Json]:
             answers = self.gather_object(value)

@@ -24,7 +24,7 @@ from .gloo import GlooGroup
 from .meeting import Exchange, Meeting
 from .mpi import MpiGroup, never_finalize
 from .notes import Notes
-from .peers import Peer, one_machine
+from .peers import Peer, one_machine, some
 from .shm import ShmGroup
 from .single import SingleGroup
 from .tree import ADD, postfix
@@ -97,11 +97,11 @@ class HierarchicalGroup(BaseGroup):
         outer: BaseGroup | None = None
         try:
             near = meeting.apart(f"machine{host}", hosts[host].index(rank), len(hosts[host]), near=True)
-            inner = ShmGroup.connect(near, _named(peers, hosts[host]), timeout)
+            inner = ShmGroup.connect(near, some(peers, hosts[host]), timeout)
             if inner.rank == 0:
                 leaders = [ranks[0] for ranks in hosts]
                 between = meeting.apart("leaders", host, len(hosts), near=False)
-                outer = outer_class.connect(between, _named(peers, leaders), timeout)
+                outer = outer_class.connect(between, some(peers, leaders), timeout)
             inner.barrier(timeout + LEADERS)
         except BaseException:
             for group in (outer, inner):
@@ -214,11 +214,6 @@ def _between(meeting: Meeting) -> type[BaseGroup]:
             return backend
     reasons = "; ".join(f"{backend.name}: {why}" for backend, why in zip(OUTER, answers[0], strict=True))
     raise CommError(f"no backend connects the machines ({reasons})")
-
-
-def _named(peers: Sequence[Peer], ranks: list[int]) -> list[Peer]:
-    """Return some of the peers, numbered anew and called as before."""
-    return [replace(peers[rank], rank=number, known_as=peers[rank].number) for number, rank in enumerate(ranks)]
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

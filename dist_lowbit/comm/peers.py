@@ -6,7 +6,7 @@ import os
 import select
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dist_lowbit.core.errors import CommError
@@ -50,6 +50,11 @@ def to_json(peer: Peer) -> Json:
 def from_json(value: Json, rank: int) -> Peer:
     """Read a peer back, as `rank` of a group."""
     return Peer(rank, str(value["host"]), str(value["machine"]), int(value["pid"]), int(value["started"]))
+
+
+def some(peers: Sequence[Peer], ranks: Sequence[int]) -> list[Peer]:
+    """Return some of the peers, numbered anew; sentences call them as before."""
+    return [replace(peers[rank], rank=number, known_as=peers[rank].number) for number, rank in enumerate(ranks)]
 
 
 def one_machine(peers: Sequence[Peer]) -> bool:

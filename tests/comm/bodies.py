@@ -317,6 +317,22 @@ def trouble(job: Job) -> Any:
     return failing_call(job, group)
 
 
+def part_of_a_split(job: Job) -> dict[str, Any] | None:
+    """Ranks 0 and 2 go on in a group of their own, then 2 dies; rank 0 tells what it heard."""
+    with init_group(job.args["backend"], timeout=10) as world:
+        part = world.split(job.rank % 2)
+        if job.rank == 1:
+            return None
+        part.barrier()
+        if job.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(CommError) as caught:
+            part.barrier()
+        with pytest.raises(CommError) as again:
+            part.barrier()
+        return {"rank": caught.value.rank, "message": str(caught.value), "later": str(again.value)}
+
+
 def mismatch(job: Job) -> list[dict[str, Any]]:
     """Make different calls; every rank must say who did what."""
     results = []

@@ -66,6 +66,18 @@ def name_the_victim(farm: Farm, backend: str, fate: str, count: int, native: boo
 
 
 @MOST
+def test_a_part_of_a_split_names_ranks_as_the_whole_does(backend: str, farm: Farm) -> None:
+    require(backend)
+    outcome = farm.run("part_of_a_split", 3, {"backend": backend}, lost=(2,), timeout=20)
+    assert 0 in outcome.values, outcome.errors or outcome.output
+    seen = outcome.values[0]
+    assert "rank 2 (pid " in seen["message"], seen
+    assert "rank 0 waited" in seen["message"], seen
+    assert "rank 2 (pid " in seen["later"], seen
+    assert seen["rank"] == 1, seen  # its place in the part, as all that callers get
+
+
+@MOST
 def test_a_mismatch_is_named_at_once(backend: str, farm: Farm) -> None:
     require(backend)
     outcome = farm.run("mismatch", 3, {"backend": backend}, timeout=40)
