@@ -22,8 +22,7 @@ _FORWARDED = re.compile(
 )
 _REPLACED = ("-n", "--hosts", "--hostfile", "--ssh", "--master-addr", "--master-port", "--launch-id", "-x", "--dry-run")
 
-# Run from anywhere, without a PYTHONPATH that the ranks would inherit.
-_START = "import sys; sys.path.insert(0, {root!r}); from {package}.__main__ import main; sys.exit(main())"
+START = str(Path(__file__).absolute().with_name("start.py"))
 
 
 def host_commands(
@@ -49,7 +48,7 @@ def host_commands(
         for name, value in forward.items():
             words += ["--env", f"{name}={value}"]
         words += kept if "-m" in kept else [*kept, "--"]
-        argv = [sys.executable, "-c", _start(), *words, *rest]
+        argv = [sys.executable, "-P", START, *words, *rest]  # -P: neither its folder nor this one is on sys.path
         if host.name not in here:
             argv = [*command("--ssh", ssh), host.name, _remote_line(argv, environ)]
         commands.append(
@@ -64,12 +63,6 @@ def host_commands(
             )
         )
     return commands
-
-
-def _start() -> str:
-    package = __package__ or "launcher"
-    root = Path(__file__).absolute().parents[package.count(".") + 1]
-    return _START.format(root=str(root), package=package)
 
 
 def _remote_line(argv: Sequence[str], environ: Mapping[str, str]) -> str:

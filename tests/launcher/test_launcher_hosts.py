@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +16,7 @@ from dist_lowbit.launcher.__main__ import main
 from dist_lowbit.launcher.errors import LaunchError
 from dist_lowbit.launcher.hosts import Host, master_of, parse_hostfile, parse_hosts
 from dist_lowbit.launcher.options import split, without
-from tests.launcher.conftest import READY, Launch, gone, until
+from tests.launcher.conftest import LIMIT, READY, ROOT, Launch, gone, until
 
 AB = [Host("a", 2), Host("b", 3)]
 HOSTFILES = [
@@ -179,6 +182,33 @@ def test_ranks_of_two_hosts_end_together(launch: Launch) -> None:
     assert f"rank 2 (pid {pids[2]} on host " in err
     assert "dist-lowbit run: host far (pid " in err
     assert all(map(gone, pids))
+
+
+@pytest.mark.parametrize("package", ["launcher", "dist_lowbit.launcher"])
+def test_no_folder_shadows_the_standard_library_of_a_hosts_launcher(launch: Launch, package: str) -> None:
+    """An editable install maps the package to a folder of the clone, and what lies around it is anybody's."""
+    clone = launch.folder / "around" / "clone"
+    shutil.copytree(ROOT / "launcher", clone / "launcher", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (launch.folder, clone.parent, clone):
+        for name in ("secrets", "socket", "argparse"):
+            (folder / f"{name}.py").write_text("raise RuntimeError('shadowed')\n")
+    program = f"""
+import importlib.machinery, importlib.util, sys, types
+if "." in {package!r}:
+    parent = sys.modules["dist_lowbit"] = types.ModuleType("dist_lowbit")
+    parent.__path__ = []
+where = {str(clone / "launcher")!r}
+spec = importlib.util.spec_from_file_location({package!r}, where + "/__init__.py", submodule_search_locations=[where])
+sys.modules[{package!r}] = importlib.util.module_from_spec(spec)
+main = importlib.import_module({package!r} + ".__main__").main
+sys.exit(main(["--hosts", "localhost:2", "--bind", "none", "--", "/bin/sh", "-c", "echo $RANK"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=launch.folder, capture_output=True, text=True, timeout=LIMIT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.splitlines()) == ["[0] 0", "[1] 1"]
 
 
 @pytest.mark.slow
