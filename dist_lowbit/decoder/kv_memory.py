@@ -20,7 +20,7 @@ class KvMemory:
 
     A step reads a cache in pieces of a few KB that lie apart, so with small pages nearly every piece costs a walk
     through the page tables; one piece of memory for all layers is large enough for pages of 2 MiB. What was never
-    written takes no memory.
+    written takes none, up to the rest of a page that was.
     """
 
     def __init__(self, kinds: Sequence[Kind], device: str | torch.device) -> None:

@@ -20,7 +20,8 @@ class LinearSpec:
 
     cuts: the nine ends of the eight segments along K, from 0 to k; inner ones are multiples of the block, equal ends
     are an empty segment (parallel/ computes them; `whole_cuts` for a Linear that is not split). compute: "int8" rounds
-    the activations of integer formats per block, "fp32" keeps them. device: the type of the device, "cpu" or "cuda".
+    the activations of integer formats per block, "fp32" keeps them. device: the type of the device, "cpu",
+    "cuda" or "xpu".
     """
 
     format: Format
