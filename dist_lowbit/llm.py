@@ -51,8 +51,9 @@ def optimize(
 
     sample_inputs and deployment_mode are accepted: there is nothing to trace. cache_weight_for_large_batch too: one
     layout serves prefill and decode. optimizer, qconfig_summary_file, low_precision_checkpoint and a model in training
-    mode are a UsageError. device: where the result runs: "cpu", or one of torch's ("cuda", "xpu:1"), for models of
-    known families, on the decoder of torch operations; `model` itself lies on the cpu.
+    mode are a UsageError, and so is DeepSpeed's engine: give its `module`, which is taken over with its group. device:
+    where the result runs: "cpu", or one of torch's ("cuda", "xpu:1"), for models of known families, on the decoder of
+    torch operations; `model` itself lies on the cpu.
     """
     _refuse(model, optimizer, qconfig_summary_file, low_precision_checkpoint)
     if cache_weight_for_large_batch:
@@ -68,6 +69,10 @@ def _refuse(model: Any, optimizer: Any, summary: Any, checkpoint: Any) -> None:
         raise UsageError("optimize takes the eager model; this one is traced already")
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize takes an nn.Module; this is a {type(model).__name__}")
+    if type(model).__module__.startswith("deepspeed.") and isinstance(getattr(model, "module", None), nn.Module):
+        raise UsageError(
+            f"this is DeepSpeed's {type(model).__name__}, not the model inside it; give optimize engine.module"
+        )
     if optimizer is not None:
         raise UsageError("optimize is for inference; an optimizer was given, and low-bit weights cannot be trained")
     if model.training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dist_lowbit
+from dist_lowbit import optimize_model
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.parallel import LowBitLinear
 
@@ -63,6 +65,37 @@ def test_quantization_config(case: str) -> None:
         assert head.group_size == group_size
     with torch.inference_mode():
         assert torch.isfinite(model(IDS).logits).all()
+
+
+@pytest.mark.parametrize(("dtype", "form"), [(torch.float16, "fp16"), (torch.bfloat16, "bf16")])
+def test_a_dtype_is_that_of_weights_and_cache(dtype: torch.dtype, form: str) -> None:
+    model = dist_lowbit.llm.optimize(tiny(), dtype=dtype, inplace=True)
+    with torch.inference_mode():
+        output = model(IDS, use_cache=True)
+        # The same as casting the weights by name, in the same mode.
+        named = optimize_model(tiny(), form, torch_dtype=dtype)(IDS)
+    assert {m.format for m in model.modules() if isinstance(m, LowBitLinear)} == {form}
+    assert output.logits.dtype == named.logits.dtype
+    assert torch.equal(output.logits, named.logits)
+    store = output.past_key_values.layers[0].batch.blocks.store
+    assert {tensor.dtype for tensor in store.tensors()} == {dtype}
+
+
+def test_what_needs_nothing_here_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A sample to trace, a second layout for large batches and the default device: the same bits."""
+    plain = dist_lowbit.llm.optimize(tiny(), quantization_config="sym_int4")
+    with caplog.at_level(logging.INFO, "dist_lowbit"):
+        model = dist_lowbit.llm.optimize(
+            tiny(),
+            device="cpu",
+            quantization_config="sym_int4",
+            sample_inputs={"input_ids": IDS},
+            cache_weight_for_large_batch=True,
+        )
+    assert len([r for r in caplog.records if "cache_weight_for_large_batch" in r.getMessage()]) == 1
+    assert {value.device.type for value in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
 
 
 BAD = {
