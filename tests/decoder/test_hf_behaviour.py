@@ -17,7 +17,11 @@ from transformers.generation import StoppingCriteria
 
 from dist_lowbit import optimize_model
 from dist_lowbit.core.errors import UsageError
+from dist_lowbit.decoder.activation import FixedSilu
 from dist_lowbit.decoder.backbone import FusedBackbone
+from dist_lowbit.decoder.hf_attention import ATTENTION_NAME
+from tests.bounds import U
+from tests.decoder.exact_program import ExactProgram
 
 VOCAB = 151
 
@@ -39,6 +43,25 @@ def fused(plain: LlamaForCausalLM) -> LlamaForCausalLM:
     assert isinstance(model, LlamaForCausalLM)
     assert isinstance(model.model, FusedBackbone)
     return model
+
+
+def without_decoder(plain: LlamaForCausalLM, attention: str) -> Any:
+    """Return Hugging Face's forward over the same Linears and the decoder's activation, with an attention by name."""
+    apart: Any = optimize_model(copy.deepcopy(plain), "fp32", decoder="off")
+    apart.set_attn_implementation(attention)
+    for layer in apart.model.layers:
+        layer.mlp.act_fn = FixedSilu()
+    return apart
+
+
+def check_near(fused: Any, ids: torch.Tensor, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Check some logits of two fp32 forwards against the derived bound, which each of them may be off by."""
+    exact = ExactProgram(fused.model.program, ids[1], [ids.shape[1]])
+    for row in (0, ids.shape[1] - 1):
+        for token in (int(wanted[1, row].argmax()), int(wanted[1, row].argmin()), 7):
+            bound = exact.bound(row, token)
+            assert bound < 0.1 * float(wanted.std()), "a bound this wide would say little"
+            assert abs(float(found[1, row, token] - wanted[1, row, token])) <= 2 * bound, (row, token)
 
 
 def prompts(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -183,12 +206,12 @@ def test_hidden_states_come_from_hugging_face(
     ids = prompts(2, 12)
     with torch.inference_mode(), caplog.at_level(logging.WARNING, "dist_lowbit"):
         mine = fused(ids, output_hidden_states=True)
-        theirs = plain(ids, output_hidden_states=True)
         fused(ids, output_hidden_states=True)
+        theirs = without_decoder(plain, ATTENTION_NAME)(ids, output_hidden_states=True)
+        wanted = plain(ids).logits
     assert len(mine.hidden_states) == len(theirs.hidden_states) == 4
-    for one, other in zip(mine.hidden_states, theirs.hidden_states, strict=True):
-        # Two orders of the same fp32 sums, three layers deep; hidden states are of size 1 to 100 here.
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(*pair) for pair in zip(mine.hidden_states, theirs.hidden_states, strict=True))
+    check_near(fused, ids, mine.logits, wanted)
     assert len([r for r in caplog.records if "output_hidden_states" in r.getMessage()]) == 1
 
 
@@ -197,16 +220,13 @@ def test_attention_weights_come_from_hugging_face(plain: LlamaForCausalLM, fused
     with torch.inference_mode():
         before = fused(ids).logits
         mine = fused(ids, output_attentions=True).attentions
-        eager = copy.deepcopy(plain)
-        eager.set_attn_implementation("eager")  # their other attentions return none
-        theirs = eager(ids, output_attentions=True).attentions
+        # Their other attentions return none.
+        theirs = without_decoder(plain, "eager")(ids, output_attentions=True).attentions
         after = fused(ids).logits
     assert len(mine) == len(theirs) == 3
     for one, other in zip(mine, theirs, strict=True):
         assert one.shape == (2, 6, 12, 12)
-        # Scores are of size 100 and hidden states, three layers deep, agree to 1e-5 of their size: scores to 1e-3. A
-        # weight w moves by at most 2 w (1 - w) times that.
-        torch.testing.assert_close(one, other, rtol=0, atol=5e-4)
+        assert torch.equal(one, other)
     assert torch.equal(before, after)  # and the decoder goes on as before
 
 
@@ -237,9 +257,13 @@ def test_a_cache_moves_between_the_forwards(plain: LlamaForCausalLM, fused: Llam
 def test_loss(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
     ids = prompts(2, 20)
     with torch.inference_mode():
-        one, other = plain(ids, labels=ids).loss, fused(ids, labels=ids).loss
-    # A mean of numbers of size 5 to 20, each with the rounding of about 10^3 fp32 additions.
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=0)
+        one, other = plain(ids, labels=ids), fused(ids, labels=ids)
+    check_near(fused, ids, other.logits, one.logits)
+    # A row's loss is logsumexp - logit: each moves by no more than the farthest logit does. Its own roundings: V sums
+    # and exponentials of 2 u, u of the range in each exponent and of what they sum to; then a mean of the rows.
+    apart, largest = float((one.logits - other.logits).abs().max()), float(one.logits.abs().max())
+    rounding = U * (VOCAB + 8 + 6 * largest + (ids.numel() + 2) * float(one.loss))
+    assert abs(float(one.loss - other.loss)) <= 2 * (apart + rounding)
 
 
 def test_embeddings_as_input(fused: LlamaForCausalLM) -> None:
