@@ -36,6 +36,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_FACES[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
 def _register() -> None:
     importlib.import_module("dist_lowbit.assembly.hf_quantizer").register()
 

@@ -42,9 +42,10 @@ def optimize_model(
     model: on the CPU, fp32, fp16 or bf16. low_bit: a format's name (docs/formats.md). optimize_llm: run models of a
     known family on the fused decoder (False: Hugging Face's forward over low-bit Linears). Either way torch's own
     operations get one thread of the process: the cores are the kernels'. modules_to_not_convert:
-    substrings of module names, or globs where they contain * ? or [. cpu_embedding: accepted; on the CPU embeddings
-    are there already. lightweight_bmm: accepted and without effect (it switched a GPU kernel of an ancestor). group:
-    the ranks to split the model over (None: one); all ranks must call together.
+    substrings of module names, or globs of the whole dotted name where they contain * ? or [ ("*.mlp.*").
+    cpu_embedding: accepted; on the CPU embeddings are there already. lightweight_bmm: accepted and without effect (it
+    switched a GPU kernel of an ancestor). group: the ranks to split the model over (None: one); all ranks must call
+    together.
 
     Further keywords: torch_dtype (of activations and unquantized tensors, default float32), group_size, compute
     ("int8" or "fp32"), decoder ("auto", "native", "torch", "off"), kv_cache_dtype ("auto", "fp32", "fp16", "bf16",

@@ -82,7 +82,19 @@ def check_group(group: Group, mode: Mode) -> None:
 
 
 def require_decoder(model: nn.Module, target: Target, mode: Mode) -> None:
-    """Refuse another device than the cpu for a model that Hugging Face's forward would run."""
+    """Refuse what the decoder alone honours for a model that it does not run; say so of an unknown family."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if target.family is None and mode.decoder in ("native", "torch"):
+        raise UsageError(
+            f"decoder is {mode.decoder!r}, and {kind or type(model).__name__} is of no family it knows; leave it out"
+        )
+    if mode.kv_cache_dtype != "auto" and (target.family is None or not mode.optimize_llm):
+        raise UsageError(
+            f"kv_cache_dtype is {mode.kv_cache_dtype!r}, and Hugging Face's forward, which runs this model, has "
+            "a cache of its own; leave it out"
+        )
+    if target.family is None and kind is not None and mode.optimize_llm:
+        logger.warning("%s is no known family: Hugging Face's forward runs it, over low-bit Linears", kind)
     if target.family is None and not _on_cpu(mode):
         raise UsageError(
             f"device is {mode.device!r}, where models of known families run alone, and {type(model).__name__} is of "

@@ -22,9 +22,13 @@ from dist_lowbit.core.errors import DistLowbitError, UsageError
 class Child:
     """A script that answers requests (see the module). Close it, or use it as a context."""
 
-    def __init__(self, script: Path, cpus: Sequence[int], environ: Mapping[str, str], deadline: float = 600.0) -> None:
-        """cpus: what the child may run on, a thread each. deadline: seconds within which each answer must come."""
-        self._name, self._deadline = script.stem, deadline
+    def __init__(
+        self, name: str, script: Path, cpus: Sequence[int], environ: Mapping[str, str], deadline: float = 600.0
+    ) -> None:
+        """name: of the peer, for messages. cpus: what the child may run on, a thread each. deadline: seconds within
+        which each answer must come.
+        """
+        self._name, self._deadline = name, deadline
         threads = str(len(cpus))
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
         # -P: the script's folder holds names that are none of the child's business.

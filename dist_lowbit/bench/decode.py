@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from dist_lowbit.decoder.backbone import FusedBackbone
 from dist_lowbit.engine.generate import peak_rss
 from dist_lowbit.engine.loop import DecodeLoop, backbone_of
 from dist_lowbit.formats.packed import part_layout
+from dist_lowbit.models import FAMILIES
 from dist_lowbit.parallel import LowBitLinear
 from dist_lowbit.parallel.experts import ExpertStack
 
@@ -125,7 +126,7 @@ def run(what: Run, group: Group, mode: Mode, read_bytes: int | None = None) -> I
     ops.limit_torch()  # this process is ours: the cores belong to the kernels' own pool
     _check(what)
     with kernels_on(None, what.threads) as plan, ExitStack() as stack:
-        subject = make_model(what.shape, what.low_bit, what.group_size, group, mode)
+        subject = make_model(what.shape, what.low_bit, what.group_size, group, _with_cache(what.shape, mode))
         prompts = _prompts(what, int(subject.config.vocab_size))
         ours: list[Runner] = [own_loop(subject.model), GenerateRunner(subject.model)]
         if what.num_beams > 1:
@@ -145,6 +146,12 @@ def run(what: Run, group: Group, mode: Mode, read_bytes: int | None = None) -> I
             size, held = _sum(group, peer.weight_bytes), _sum(group, peer.peak_rss())
             entrants.append(Entrant(peer, "q4_0", 32, size, held))
         yield from _measure(what, group, entrants, prompts, _reader(group, read_bytes))
+
+
+def _with_cache(shape: str, mode: Mode) -> Mode:
+    """Return the mode with the peer's cache, fp16, where none is named and the decoder runs the model."""
+    runs = mode.optimize_llm and config_of(shape).model_type in FAMILIES
+    return replace(mode, kv_cache_dtype="fp16") if runs and mode.kv_cache_dtype == "auto" else mode
 
 
 def own_loop(model: nn.Module) -> LoopRunner:

@@ -220,7 +220,9 @@ def _shape(sweep: Sweep, isa: str | None, n: int, k: int, reader: MemoryReader, 
             contenders: list[Contender] = [*ours]
             if sweep.peer:
                 limits = dict(zip(_VARIABLES, _LIMITS.get(isa or "", ()), strict=False))
-                child = stack.enter_context(Child(Path(__file__).with_name("torch_peer.py"), plan.cpus, limits))
+                child = stack.enter_context(
+                    Child("torch", Path(__file__).with_name("torch_peer.py"), plan.cpus, limits)
+                )
                 contenders += _peers(child, n, k, sweep.group_size or 64, total)
             for m in sweep.m:
                 yield from _measure(contenders, (m, n, k), threads, active, reader, sweep.rounds)

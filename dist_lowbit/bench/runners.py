@@ -192,7 +192,7 @@ class LlamaCpp:
         self.weight_bytes = 0
         with together(group):
             if group.rank == 0:
-                self._child = Child(Path(__file__).with_name("llama_peer.py"), cpus, {})
+                self._child = Child("llama.cpp", Path(__file__).with_name("llama_peer.py"), cpus, {})
                 answer = self._child.ask(op="prepare", config=config, rows=rows, batch=batch)
                 self.weight_bytes = int(answer["weight_bytes"])
 

@@ -34,8 +34,8 @@ def decode(
     num_beams: Annotated[int, typer.Option(help="Also run generate with so many of --batch's rows as beams.")] = 1,
     decoder: Annotated[str | None, typer.Option(help="native, torch, auto, or off: Hugging Face's forward.")] = None,
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="Of the decoder's cache: fp32, fp16 (as llama.cpp's), bf16, int8.")
-    ] = "fp16",
+        str | None, typer.Option(help="Of the decoder's cache: fp32, fp16 (the default, as llama.cpp's), bf16, int8.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
     peer: Annotated[str | None, typer.Option(help="llama.cpp: also measure it, in turns (extra bench).")] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each way to run.")] = 3,

@@ -13,7 +13,7 @@ import typer
 from dist_lowbit.core.settings import settings
 from dist_lowbit.engine.sampling import Sampling, check_limit
 
-from .launch import start_ranks
+from .launch import CACHE_HELP, DECODER_HELP, check_choices, start_ranks
 
 if TYPE_CHECKING:
     from dist_lowbit.comm import Group
@@ -35,21 +35,26 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     bind: Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")] = "auto",
     device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
+    decoder: Annotated[str | None, typer.Option(help=DECODER_HELP)] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help=CACHE_HELP)] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
     """Talk with a model: one line is one turn, an empty line or end of input ends."""
     sampling = Sampling(greedy, temperature, seed=seed)
     check_limit(max_new_tokens)
+    check_choices(decoder, kv_cache_dtype)
     code = start_ranks(directory, ranks, bind, context.obj, device)
     if code is not None:
         raise typer.Exit(code)
 
+    from dist_lowbit.assembly.mode import mode_here
     from dist_lowbit.assembly.ranks import join_ranks
     from dist_lowbit.engine.session import open_session
 
+    mode = mode_here(decoder=decoder, kv_cache_dtype=kv_cache_dtype, device=device)
     group, _ = join_ranks("auto", device)
     with group:
-        session = open_session(directory, group, device=device, trust_remote_code=trust_remote_code)
+        session = open_session(directory, group, trust_remote_code=trust_remote_code, mode=mode)
         lines = Lines(sys.stdin.fileno()) if group.rank == 0 else None
         messages: list[dict[str, str]] = []
         while (line := _next_line(group, lines)) is not None:

@@ -38,6 +38,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         print(json.dumps(report))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(soft_wrap=True)
@@ -45,7 +46,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         if isinstance(content, dict) and content:
             table = Table(title=title, title_justify="left", show_header=False)
             for key, value in content.items():
-                table.add_row(str(key), "yes" if value is None else str(value))
+                table.add_row(escape(str(key)), "yes" if value is None else escape(str(value)))
             console.print(table)
         elif isinstance(content, (dict, list)):
             for line in content or ["none"]:

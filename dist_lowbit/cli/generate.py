@@ -13,7 +13,7 @@ import typer
 
 from dist_lowbit.engine.sampling import Sampling, check_limit
 
-from .launch import start_ranks
+from .launch import CACHE_HELP, DECODER_HELP, check_choices, start_ranks
 
 if TYPE_CHECKING:
     from dist_lowbit.engine.generate import Generation
@@ -35,23 +35,28 @@ def generate(
     bind: Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
+    decoder: Annotated[str | None, typer.Option(help=DECODER_HELP)] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help=CACHE_HELP)] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
 ) -> None:
     """Generate text from a prompt, and say how fast."""
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     check_limit(max_new_tokens)
+    check_choices(decoder, kv_cache_dtype)
     code = start_ranks(directory, ranks, bind, context.obj, device)
     if code is not None:
         raise typer.Exit(code)
 
+    from dist_lowbit.assembly.mode import mode_here
     from dist_lowbit.assembly.ranks import join_ranks
     from dist_lowbit.engine.generate import encode
     from dist_lowbit.engine.generate import generate as run
     from dist_lowbit.engine.session import open_session
 
+    mode = mode_here(decoder=decoder, kv_cache_dtype=kv_cache_dtype, device=device)
     group, _ = join_ranks("auto", device)
     with group:
-        session = open_session(directory, group, device=device, trust_remote_code=trust_remote_code)
+        session = open_session(directory, group, trust_remote_code=trust_remote_code, mode=mode)
         leader = group.rank == 0
         ids = encode(session, prompt)
 
@@ -59,9 +64,14 @@ def generate(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-        if leader and not as_json:
-            show(prompt)
-        result = run(session, ids, max_new_tokens, sampling, show if leader and not as_json else None)
+        waiting = [prompt]  # until the first token: warnings come before
+
+        def go_on(text: str) -> None:
+            show(waiting.pop() + text if waiting else text)
+
+        result = run(session, ids, max_new_tokens, sampling, go_on if leader and not as_json else None)
+        if leader and waiting and not as_json:
+            show(waiting.pop())
         if leader and as_json:
             print(json.dumps(dataclasses.asdict(result)), flush=True)
         elif leader:

@@ -7,6 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_lowbit.core.errors import UsageError
+from dist_lowbit.core.settings import check_choice
+
+DECODER_HELP = "auto, native (compiled), torch, or off (Hugging Face's forward). Default: DIST_LOWBIT_DECODER."
+CACHE_HELP = "Of the decoder's cache: auto, fp32, fp16, bf16, int8. Default: DIST_LOWBIT_KV_CACHE_DTYPE."
+
+
+def check_choices(decoder: str | None, kv_cache_dtype: str | None) -> None:
+    """Refuse a decoder or a cache's dtype that there is none of, before anything is imported or started."""
+    for name, option, value in (
+        ("decoder", "--decoder", decoder),
+        ("kv_cache_dtype", "--kv-cache-dtype", kv_cache_dtype),
+    ):
+        if value is not None:
+            check_choice(name, option, value)
 
 
 def start_ranks(directory: Path, ranks: int | None, bind: str, words: Sequence[str], device: str = "cpu") -> int | None:

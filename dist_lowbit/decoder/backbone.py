@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.log import logger
 
-from .cache import PagedBatch, adopt, batch_of, release
+from .cache import PagedBatch, adopt, batch_of, cache_why_not, release
 from .hf_attention import ATTENTION_NAME
 from .program import Program
 from .step import Executor, Step
@@ -29,7 +29,9 @@ from .step import Executor, Step
 # What only Hugging Face's forward returns.
 _ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
 # Arguments of base models that ask for nothing, or for what is done anyway.
-_HARMLESS = frozenset({"return_dict", "use_cache", "cache_position", "logits_to_keep", "num_items_in_batch"})
+_HARMLESS = frozenset(
+    {"return_dict", "use_cache", "cache_position", "logits_to_keep", "num_items_in_batch", "tokenizer"}
+)
 
 
 @dataclass
@@ -118,7 +120,8 @@ class FusedBackbone(nn.Module):
             "position_ids": position_ids,
         }
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
-        why = self._why_not(attention_mask, position_ids, rest)
+        _check_ids(input_ids)
+        why = self._why_not(attention_mask, position_ids, rest) or cache_why_not(past_key_values)
         if why is not None:
             return self._hugging_face(why, inputs | rest)
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -211,6 +214,11 @@ class FusedBackbone(nn.Module):
             yield
         finally:
             self.config._attn_implementation = own
+
+
+def _check_ids(ids: torch.Tensor | None) -> None:
+    if ids is not None and (ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool):
+        raise UsageError(f"input_ids are {ids.dtype} of shape {list(ids.shape)}; expected integers [batch, tokens]")
 
 
 def _masks(given: torch.Tensor | None, rows: int, width: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -169,19 +169,23 @@ def batch_of(cache: Cache) -> PagedBatch | None:
     return first.batch if isinstance(first, PagedLayer) else None
 
 
+def cache_why_not(cache: Cache | None) -> str | None:
+    """Return what a cache is that the decoder cannot go on from, as part of a sentence; None where it can."""
+    if cache is None:
+        return None
+    if not isinstance(cache, Cache):
+        raise UsageError(f"past_key_values is a {type(cache).__name__}; expected a transformers.Cache")
+    odd = [type(layer).__name__ for layer in cache.layers if not isinstance(layer, (DynamicLayer, PagedLayer))]
+    return f"a cache of {odd[0]}" if odd else None
+
+
 def adopt(
     cache: Cache, program: Program, dtype: str, kept: torch.Tensor, device: str | torch.device = "cpu"
 ) -> PagedBatch:
     """Make a cache the decoder's own, in place; the tokens that it holds come along.
 
-    kept: bool [B, tokens in the cache], which of them are no padding. A cache that is not dynamic is a UsageError.
+    kept: bool [B, tokens in the cache], which of them are no padding. `cache_why_not` has no objection to the cache.
     """
-    for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer):
-            raise UsageError(
-                f"the decoder takes a DynamicCache, and this one has {type(layer).__name__}; leave "
-                "cache_implementation and past_key_values out, or load with optimize_llm=False"
-            )
     batch = PagedBatch(program, dtype, device)
     batch.start(kept.shape[0])
     held = cache.get_seq_length()

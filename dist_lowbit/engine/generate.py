@@ -60,6 +60,8 @@ def encode(session: Session, prompt: str) -> torch.Tensor:
     # verbose: the tokenizer would warn of a long prompt, for which there is a better word below.
     ids: torch.Tensor = session.tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
     if ids.shape[1] == 0:
+        if prompt:
+            raise UsageError(f"the prompt {prompt!r} has no tokens in this model's tokenizer; give other text")
         bos = session.tokenizer.bos_token_id
         if bos is None:
             raise UsageError("the prompt is empty, and this model has no beginning-of-text token; give some text")

@@ -22,6 +22,8 @@ class Sampling:
             raise UsageError(f"temperature is {self.temperature}; expected more than 0 (or ask for greedy)")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
         if self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}; expected 0 (off) or more")
 

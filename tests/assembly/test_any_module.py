@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,3 +252,24 @@ def test_every_format_saves_and_loads(tmp_path: Path) -> None:
         x = INPUTS[mlp]
         assert torch.equal(load_low_bit(mlp(), tmp_path)(x), model(x)), name
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_an_unknown_family_says_that_hugging_faces_forward_runs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "dist_lowbit"):
+        optimize_model(gpt2(), "sym_int4")
+        optimize_model(nn.Sequential(nn.Linear(64, 8)), "sym_int4")
+    assert [r.getMessage() for r in caplog.records if "known family" in r.getMessage()] == [
+        "gpt2 is no known family: Hugging Face's forward runs it, over low-bit Linears"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"decoder": "native"}, "decoder is 'native', and gpt2 is of no family it knows; leave it out"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype is 'int8', and Hugging Face's forward, which runs this model"),
+    ],
+)
+def test_what_only_the_decoder_does_is_refused_for_an_unknown_family(options: dict[str, str], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        optimize_model(gpt2(), "sym_int4", **options)

@@ -153,7 +153,7 @@ def test_the_caches_are_those_of_the_cpus_asked_for(tmp_path: Path) -> None:
 def test_a_peer_that_refuses_or_dies_is_named(tmp_path: Path) -> None:
     script = tmp_path / "somebody.py"
     script.write_text('import sys\nsys.stdin.readline()\nprint(\'{"error": "not today"}\', flush=True)\nsys.exit(7)\n')
-    with Child(script, [0], {}) as child:
+    with Child("somebody", script, [0], {}) as child:
         with pytest.raises(UsageError, match="the peer somebody cannot be measured: not today"):
             child.ask(op="prepare")
         with pytest.raises(DistLowbitError, match="the peer somebody ended with code 7"):

@@ -134,6 +134,15 @@ MODELS: dict[str, tuple[Words, str]] = {
         r"top_p is 1\.5; expected more than 0 and at most 1",
     ),
     "top_k": (lambda p: ["generate", p.checkpoint, "--top-k", -1], r"top_k is -1; expected 0 \(off\) or more"),
+    "seed": (lambda p: ["generate", p.checkpoint, "--seed", 1 << 63], r"seed is 9223372036854775808; expected 0 to"),
+    "decoder": (
+        lambda p: ["generate", p.checkpoint, "--decoder", "fast"],
+        r"--decoder is 'fast'; expected auto, native",
+    ),
+    "a cache without our decoder": (
+        lambda p: ["generate", p.checkpoint, "--decoder", "off", "--kv-cache-dtype", "int8"],
+        r"kv_cache_dtype is 'int8', and Hugging Face's forward, which runs this model, has a cache of its own",
+    ),
     "long prompt": (
         lambda p: ["generate", p.checkpoint, "--prompt", "the cat " * 1200],
         r"the prompt has \d+ tokens; this model holds 1024 with its answer",

@@ -230,6 +230,20 @@ def test_attention_weights_come_from_hugging_face(plain: LlamaForCausalLM, fused
     assert torch.equal(before, after)  # and the decoder goes on as before
 
 
+def test_a_static_cache_is_hugging_faces(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
+    for inputs in ({"input_ids": prompts(1, 4)}, padded()):
+        options: dict[str, Any] = {**inputs, "do_sample": False, "max_new_tokens": 3, "cache_implementation": "static"}
+        assert torch.equal(fused.generate(**options), plain.generate(**options))
+
+
+def test_a_tokenizer_for_stop_strings_asks_nothing_of_the_decoder(
+    fused: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.inference_mode(), caplog.at_level(logging.WARNING, "dist_lowbit"):
+        fused(prompts(1, 4), tokenizer=object())
+    assert not caplog.records
+
+
 def test_a_copied_cache_goes_on_by_itself(fused: LlamaForCausalLM) -> None:
     ids = prompts(2, 40)
     with torch.inference_mode():
@@ -273,10 +287,9 @@ def test_embeddings_as_input(fused: LlamaForCausalLM) -> None:
 
 
 BAD = {
-    "a static cache": (
-        lambda m: m.generate(prompts(1, 4), max_new_tokens=2, cache_implementation="static"),
-        "StaticLayer",
-    ),
+    "ids that are no integers": (lambda m: m(torch.rand(1, 4)), "expected integers"),
+    "ids without a batch": (lambda m: m(torch.tensor([1, 2])), r"expected integers \[batch, tokens\]"),
+    "a cache that is none": (lambda m: m(prompts(1, 4), past_key_values=[(1, 2)]), "expected a transformers.Cache"),
     "another batch": (
         lambda m: m(prompts(3, 2), past_key_values=m(prompts(2, 5), use_cache=True).past_key_values),
         "the input has 3 rows and the cache 2",
