@@ -48,15 +48,6 @@ def _refusal(name: str, facts: list[Json], peers: list[Peer]) -> str | None:
     return None
 
 
-def _check_worlds(facts: list[Json], info: RankInfo) -> None:
-    for rank, fact in enumerate(facts):
-        if fact["world_size"] != info.world_size:
-            raise UsageError(
-                f"rank {rank} was started in a world of {fact['world_size']} and rank {info.rank} in one of "
-                f"{info.world_size}; start all ranks with one launcher"
-            )
-
-
 def _choose(facts: list[Json], peers: list[Peer], rank: int) -> str:
     """Return the backend's name: the same on every rank, since all decide from the same facts."""
     asked = [fact["backend"] for fact in facts]
@@ -85,7 +76,6 @@ def _form(meeting: Meeting, facts: list[Json], timeout: float) -> Group:
     group: BaseGroup | None = None
     with meeting.watching(peers):
         try:
-            _check_worlds(facts, info)
             chosen = BACKENDS[_choose(facts, peers, info.rank)]
             group = chosen.connect(meeting, peers, timeout)
             meeting.part()
@@ -125,7 +115,6 @@ def init_group(
     if info.world_size == 1:
         return SingleGroup(limit)
     facts = {
-        "world_size": info.world_size,
         "peer": to_json(myself(info.rank)),
         "why_not": why_not(info),
         "backend": name,

@@ -14,7 +14,7 @@ from datetime import timedelta
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from dist_lowbit.core.errors import CommError
+from dist_lowbit.core.errors import CommError, UsageError
 from dist_lowbit.core.log import logger
 from dist_lowbit.core.rank import LOOPBACK, RankInfo
 
@@ -36,11 +36,55 @@ class ConnectionLost(CommError):
         )
 
 
+class _Worlds:
+    """What the ranks say of how many they are, compared as each of them comes.
+
+    With different numbers they would wait for ranks that do not exist, or not see one another at all.
+    """
+
+    def __init__(self, store: Store, info: RankInfo) -> None:
+        self._store, self._info = store, info
+        self._first: list[int] = []
+
+    def enter(self) -> None:
+        """Compare this rank's number with that of the first to come, and tell all if they differ."""
+        self._store.add("came", 1)
+        own = [self._info.rank, self._info.world_size]
+        self._first = json.loads(self._store.compare_set("first", "", json.dumps(own)))
+        if self._first[1] != own[1]:
+            self._store.set("other", json.dumps(own))
+        self.check()
+
+    def check(self) -> None:
+        """Raise UsageError if a rank has come that differs from the first one."""
+        if not self._store.check(["other"]):
+            return
+        (rank, size), (other, another) = sorted([self._first, json.loads(self._store.get("other"))])
+        told = self._store.add("told", 1)
+        deadline = time.monotonic() + LEAVING
+        # Rank 0, which may host the store, lets those read it who are here.
+        while self._info.rank == 0 and told < self._store.add("came", 0) and time.monotonic() < deadline:
+            time.sleep(0.005)
+            told = self._store.add("told", 0)
+        raise UsageError(
+            f"rank {rank} was started in a world of {size} and rank {other} in one of {another}; start all ranks with "
+            "one launcher"
+        )
+
+
 class Meeting:
     """The ranks of one group while it forms. All call `exchange` and `part` together."""
 
-    def __init__(self, store: Store, info: RankInfo, timeout: float, hosted_by_rank_0: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        info: RankInfo,
+        timeout: float,
+        hosted_by_rank_0: bool = False,
+        worlds: _Worlds | None = None,
+    ) -> None:
         self.store = store
+        self._worlds = worlds
         self.hosted_by_rank_0 = hosted_by_rank_0  # so that the store ends with it
         self.info = info
         self.timeout = timeout
@@ -112,6 +156,8 @@ class Meeting:
         deadline = time.monotonic() + self.timeout
         pause = 0.001
         while not self.store.check(keys):
+            if self._worlds is not None:
+                self._worlds.check()
             late = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             dead = [rank for rank in late if self._is_dead(rank)]
             if dead and not self.store.check([keys[dead[0]]]):
@@ -185,7 +231,9 @@ def meet(
             name = f"dist_lowbit/{prefix}/{info.attempt}"
             arrival = base.add(f"{name}/arrivals", 1) - 1
             own = store is None and not info.hosted
-            meeting = Meeting(PrefixStore(f"{name}/{arrival // info.world_size}", base), info, timeout, own)
+            worlds = _Worlds(PrefixStore(f"{name}/worlds", base), info)
+            worlds.enter()
+            meeting = Meeting(PrefixStore(f"{name}/{arrival // info.world_size}", base), info, timeout, own, worlds)
             return meeting, meeting.exchange(facts)
         except (DistNetworkError, ConnectionLost) as error:
             # Rank 0 may just be closing the store of an earlier group: meet again at its next one.

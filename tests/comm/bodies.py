@@ -473,13 +473,25 @@ def disagree(job: Job) -> str:
     return "no error"
 
 
+def told_sizes(job: Job) -> dict[str, Any]:
+    """Each rank believes in a rank and a size of its own, and comes when it is told to."""
+    rank, size, seconds = job.args["places"][job.rank]
+    info = replace(current(), rank=rank, world_size=size, local_rank=rank, local_size=size)
+    why_not(info)  # looks for libraries once, which may take its time
+    time.sleep(seconds)
+    start = time.monotonic()
+    with pytest.raises(UsageError) as caught:
+        init_group("auto", info, timeout=job.args["timeout"])
+    return {"message": str(caught.value), "seconds": time.monotonic() - start}
+
+
 def dies_forming(job: Job) -> str:
     """Rank 1 has come to the meeting and dies before the group is complete."""
     from dist_lowbit.comm import meeting
 
     if job.rank == 1:
         info = current()
-        facts = {"world_size": 3, "peer": to_json(myself(1)), "why_not": why_not(info), "backend": job.args["backend"]}
+        facts = {"peer": to_json(myself(1)), "why_not": why_not(info), "backend": job.args["backend"]}
         meeting.meet(info, 20, "world", facts)
         os.kill(os.getpid(), signal.SIGKILL)
     try:

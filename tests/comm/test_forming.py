@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -79,6 +80,33 @@ def test_ranks_that_disagree_are_told(case: str, farm: Farm) -> None:
     outcome = farm.run("disagree", 2, {"backends": backends}, environ=environ, timeout=20)
     assert set(outcome.values) == {0, 1}, outcome.errors
     assert all(text in value for value in outcome.values.values()), outcome.values
+
+
+# The (rank, size, seconds until it comes) of each, and the two that the sentence compares.
+SIZES = {
+    "the host of the meeting first": (
+        [(0, 3, 0), (1, 2, 0.5)],
+        "rank 0 was started in a world of 3 and rank 1 in one of 2;",
+    ),
+    "the host of the meeting last": (
+        [(0, 3, 0.5), (1, 2, 0)],
+        "rank 0 was started in a world of 3 and rank 1 in one of 2;",
+    ),
+    "ranks that one side has not": (
+        [(0, 4, 0), (1, 4, 0), (4, 6, 0.5), (5, 6, 0.5)],
+        r"rank [01] was started in a world of 4 and rank [45] in one of 6;",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_ranks_of_different_worlds_are_told_at_once(case: str, farm: Farm) -> None:
+    places, text = SIZES[case]
+    outcome = farm.run("told_sizes", len(places), {"places": places, "timeout": 40}, timeout=50)
+    assert set(outcome.values) == set(range(len(places))), outcome.errors
+    for seen in outcome.values.values():
+        assert re.match(text, seen["message"]), seen
+        assert seen["seconds"] < 10.0, outcome.values  # and not its timeout of 40, also on a busy machine
 
 
 def test_an_absent_rank_is_named(farm: Farm) -> None:
