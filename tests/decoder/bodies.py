@@ -36,6 +36,7 @@ from tests.decoder.tiny_programs import Runner as TinyRunner
 from tests.e2e.bodies import digest, make
 
 STEPS = [len(PROMPT)] + [1] * len(FORCED)
+LONG = [20, 5, 1, 1, 1, 1, 1, 2]
 
 
 @torch.inference_mode()
@@ -71,6 +72,11 @@ def same_bits(job: Job) -> Any:
                     "chunks": digest(run_alone(program, executor, TEXT, [5, 1, 7, 3])),
                     "company": digest(run_in_company(program, executor, TEXT, [6, 1, 6, 1, 2])),
                 }
+                if any(rope.dynamic for rope in program.ropes):  # beyond the length that changes frequencies
+                    result[f"{name} {executor} long"] = {
+                        "alone": digest(run_alone(program, executor, 2 * TEXT, LONG)),
+                        "company": digest(run_in_company(program, executor, 2 * TEXT, LONG)),
+                    }
     return result
 
 
