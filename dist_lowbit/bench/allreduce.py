@@ -20,7 +20,7 @@ from dist_lowbit.core.errors import DistLowbitError, UsageError
 from dist_lowbit.core.rank import RankInfo
 
 BACKENDS = ("shm", "ccl", "mpi", "gloo")
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of an element
 # What a line may time. table: the table of C functions that a decoder calls; python: Group.all_reduce; native: the
 # library's own reduction, which adds in another order.
 CALLS = ("table", "python", "native")
@@ -66,15 +66,25 @@ def size(text: str) -> int:
 
 
 def sizes(text: str) -> list[int]:
-    """Return the bytes of "16K,4M", or of "4K..32M", which doubles from one to the other."""
+    """Return the bytes of "16K,4M", or of "4K..32M", which doubles from one to the other; UsageError for others."""
     found: list[int] = []
     for word in text.split(","):
         first, dots, last = word.strip().partition("..")
         at, end = size(first), size(last if dots else first)
+        if at > end:
+            raise UsageError(f"{word.strip()!r} is no range of sizes: it begins above its end; write {last}..{first}")
         while at <= end:
             found.append(at)
             at *= 2
     return found
+
+
+def check_elements(sizes: Sequence[int], dtypes: Sequence[str]) -> None:
+    """Refuse bytes that are not a whole number of elements: another size would be measured than is told."""
+    for count in sizes:
+        for dtype in dtypes:
+            if count % DTYPES[dtype]:
+                raise UsageError(f"{count} bytes are no whole number of {dtype} elements of {DTYPES[dtype]} bytes")
 
 
 def can_use_mpi() -> str | None:
@@ -83,6 +93,14 @@ def can_use_mpi() -> str | None:
     if reason is not None and "not installed" in reason:
         return reason
     return None if _mpirun() else "there is no mpirun beside this Python or on PATH"
+
+
+def without_mpi(backends: Sequence[str], reason: str) -> list[str]:
+    """Return the others of these backends, since mpi cannot be measured; UsageError if there are none."""
+    others = [name for name in backends if name != "mpi"]
+    if not others:
+        raise UsageError(f"mpi is the only backend asked for and cannot be measured: {reason}")
+    return others
 
 
 def _mpirun() -> str | None:

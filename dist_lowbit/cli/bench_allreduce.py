@@ -25,7 +25,16 @@ def allreduce(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Measure all-reduces over each backend, on ranks that this starts (benchmarks/README.md says how to read them)."""
-    from dist_lowbit.bench.allreduce import BACKENDS, DTYPES, Sweep, can_use_mpi, run, sizes
+    from dist_lowbit.bench.allreduce import (
+        BACKENDS,
+        DTYPES,
+        Sweep,
+        can_use_mpi,
+        check_elements,
+        run,
+        sizes,
+        without_mpi,
+    )
 
     from .bench import choice, numbers
 
@@ -39,11 +48,13 @@ def allreduce(
     if min(counts) < 2:
         raise UsageError(f"--ranks is {ranks!r}; a sum over one rank takes no time, expected 2 or more")
     numbers("--rounds", str(rounds))
+    messages = sizes(bytes)
+    check_elements(messages, dtypes)
     reason = can_use_mpi() if "mpi" in names else None
     if reason is not None:
+        names = without_mpi(names, reason)
         print(f"mpi is left out: {reason}", file=sys.stderr)
-        names.remove("mpi")
-    lines = run(Sweep(names, counts, sizes(bytes), dtypes, rounds))
+    lines = run(Sweep(names, counts, messages, dtypes, rounds))
     if as_json:
         for line in lines:
             print(json.dumps(dataclasses.asdict(line)), flush=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dist_lowbit.bench.allreduce import Sweep, run, size, sizes
+from dist_lowbit.bench.allreduce import Sweep, run, size, sizes, without_mpi
 from dist_lowbit.core.errors import UsageError
+from tests.cli.command_line import Cli
 from tests.comm.conftest import require
 
 
@@ -22,6 +23,31 @@ def test_no_size_is_a_sentence(text: str) -> None:
 
 def test_a_size_has_a_unit_or_none() -> None:
     assert (size("64"), size("1k"), size("1G")) == (64, 1024, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--bytes", "32M..4K"], "'32M..4K' is no range of sizes: it begins above its end; write 4K..32M"),
+        (["--bytes", "5"], "5 bytes are no whole number of fp32 elements of 4 bytes"),
+        (["--bytes", "4K,7", "--dtype", "bf16"], "7 bytes are no whole number of bf16 elements of 2 bytes"),
+        (["--backends", "shm,tcp"], "--backends is 'tcp'; expected shm or ccl or mpi or gloo"),
+        (["--ranks", "1"], "--ranks is '1'; a sum over one rank takes no time, expected 2 or more"),
+        (["--rounds", "0"], "--rounds is '0'; expected numbers of 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_ranks_start(cli: Cli, words: list[str], text: str) -> None:
+    done = cli("bench", "allreduce", *words)
+    assert done.code == 2
+    assert text in done.sentence()
+
+
+def test_mpi_alone_is_not_left_out_silently() -> None:
+    assert without_mpi(["shm", "mpi", "gloo"], "there is no mpirun") == ["shm", "gloo"]
+    with pytest.raises(
+        UsageError, match="mpi is the only backend asked for and cannot be measured: there is no mpirun"
+    ):
+        without_mpi(["mpi"], "there is no mpirun")
 
 
 @pytest.mark.slow
