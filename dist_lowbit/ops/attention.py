@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_lowbit.core.errors import UsageError
+from dist_lowbit.core.errors import KernelError, UsageError
 
 from .attention_reference import CHUNK, attention_reference
 from .elementwise import LANES, forbid_gradient
@@ -83,7 +83,10 @@ def _native_attention(
         mask = _rows_contiguous(mask).expand(batch, heads, rows, k.shape[2])
         args.mask, args.mask_type = mask.data_ptr(), 1 if mask.dtype == torch.bool else 2
         args.mask_stride = _strides(mask.stride()[:3])
-    if library.dlb_attention(ctypes.byref(args)) != 0:
+    status = library.dlb_attention(ctypes.byref(args))
+    if status == -3:
+        raise KernelError("attention found no memory for its threads' scratch")
+    if status != 0:
         raise UsageError("attention: kv_index names a KV head that k does not have")
     return out
 

@@ -1,6 +1,8 @@
 // Attention: which keys a row sees, chunks of 256 positions, and the order in which their results meet.
 #include "attention.h"
 
+#include <atomic>
+
 #include "attention_block.h"
 #include "threadpool.h"
 
@@ -106,9 +108,12 @@ void Attention::store_block(const AttentionBlock& block) const {
 }
 
 // Each block by one thread, chunk after chunk.
-void Attention::run_blocks(bool store) {
-    auto body = [this, store](int64_t begin, int64_t end) {
-        Scratch& scratch = scratch_of(*this);
+int Attention::run_blocks(bool store) {
+    std::atomic<bool> failed{false};
+    auto body = [&](int64_t begin, int64_t end) {
+        Scratch* own = scratch_of(*this);
+        if (own == nullptr) return failed.store(true);
+        Scratch& scratch = *own;
         for (int64_t i = begin; i < end; i++) {
             const AttentionBlock& block = blocks[i];
             if (store) store_block(block);
@@ -123,11 +128,12 @@ void Attention::run_blocks(bool store) {
     };
     const int64_t count = static_cast<int64_t>(blocks.size());
     parallel(count, std::max<int64_t>(1, count / (8 * thread_count())), body);
+    return failed.load() ? DLB_NO_MEMORY : DLB_OK;
 }
 
-// Chunks are shared out; whoever ends a block's last one merges them, in the same ascending order. False where there is
-// no memory for their results.
-bool Attention::run_chunks(bool store) {
+// Chunks are shared out; whoever ends a block's last one merges them, in the same ascending order. Without memory for
+// their results, each block by one thread.
+int Attention::run_chunks(bool store) {
     items_.clear();
     first_item_.clear();
     left_.clear();
@@ -146,13 +152,18 @@ bool Attention::run_chunks(bool store) {
         any_.reset(new (std::nothrow) bool[static_cast<size_t>(count * kQueryRows)]);
         any_room_ = any_ ? count * kQueryRows : 0;
     }
-    if (!parts_ || !any_) return false;
+    if (!parts_ || !any_) return run_blocks(store);
+    Scratch* mine = scratch_of(*this);
+    if (mine == nullptr) return DLB_NO_MEMORY;
+    std::atomic<bool> failed{false};
     auto part_of = [&](int64_t i) {
         float* at = parts_.get() + i * stride;
         return Gathered{at, at + kQueryRows, at + 2 * kQueryRows, any_.get() + i * kQueryRows};
     };
     auto body = [&](int64_t begin, int64_t end) {
-        Scratch& scratch = scratch_of(*this);
+        Scratch* own = scratch_of(*this);
+        if (own == nullptr) return failed.store(true);
+        Scratch& scratch = *own;
         for (int64_t i = begin; i < end; i++) {
             const int64_t b = items_[i].block;
             const AttentionBlock& block = blocks[b];
@@ -170,20 +181,19 @@ bool Attention::run_chunks(bool store) {
     // A block that sees no key has no chunk, so nobody ended it.
     for (const AttentionBlock& block : blocks) {
         if (block.chunk_begin < block.chunk_end) continue;
-        Scratch& scratch = scratch_of(*this);
-        BlockRun run(*this, block, scratch);
-        run.start(scratch.total);
-        run.finish(scratch.total);
+        BlockRun run(*this, block, *mine);
+        run.start(mine->total);
+        run.finish(mine->total);
     }
-    return true;
+    return failed.load() ? DLB_NO_MEMORY : DLB_OK;
 }
 
-void Attention::run(const AttentionCall& what) {
+int Attention::run(const AttentionCall& what) {
     call = &what;
     plan();
     const bool share = worth_sharing(), store = call->store != nullptr && stores_fit(share);
     if (call->store != nullptr && !store) store_first();
-    if (!share || !run_chunks(store)) run_blocks(store);
+    return share ? run_chunks(store) : run_blocks(store);
 }
 
 bool attention_fits(const dlb_attention_args& a, int32_t widest_kv_type) {
@@ -205,6 +215,5 @@ int dlb_attention(const dlb_attention_args* args) {
     if (!dlb::attention_fits(*args, DLB_KV_BF16)) return DLB_BAD_SPEC;
     dlb::AttentionCall call = {};
     call.args = *args;
-    dlb::Attention().run(call);
-    return DLB_OK;
+    return dlb::Attention().run(call);
 }

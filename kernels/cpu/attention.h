@@ -44,7 +44,7 @@ struct dlb_attention_args {
     int32_t mask_type;
 };
 
-// Returns 0, or DLB_BAD_SPEC for arguments that do not fit together.
+// Returns 0, DLB_BAD_SPEC for arguments that do not fit together, or DLB_NO_MEMORY, with out written in part.
 // Rows that see nothing give 0. NaN in a visible score gives a NaN row. Streams K and V once per KV head and block of
 // 32 rows.
 DLB_API int dlb_attention(const dlb_attention_args* args);

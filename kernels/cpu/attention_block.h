@@ -3,7 +3,6 @@
 #pragma once
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -43,7 +42,7 @@ struct Scratch {
         int64_t all = 0;
         for (int64_t size : sizes) all += size;
         memory = make_buffer(all);
-        if (!memory) abort();  // some 100 KB: nothing else would get further
+        if (!memory) return;
         float* at = memory.get();
         q = at, at += sizes[0];
         s = at, at += sizes[1];
@@ -55,12 +54,14 @@ struct Scratch {
     }
 };
 
-// A thread keeps its memory from call to call: a decode step allocates nothing here.
-Scratch& scratch_of(const Attention& plan) {
+// A thread keeps its memory from call to call: a decode step allocates nothing here. Null where there is no memory.
+Scratch* scratch_of(const Attention& plan) {
     thread_local std::unique_ptr<Scratch> own;
-    if (!own || own->dim != plan.dim || own->value_dim != plan.value_dim)
-        own.reset(new Scratch(plan.dim, plan.value_dim));
-    return *own;
+    if (!own || own->dim != plan.dim || own->value_dim != plan.value_dim) {
+        own.reset(new (std::nothrow) Scratch(plan.dim, plan.value_dim));
+        if (own && !own->memory) own.reset();
+    }
+    return own.get();
 }
 
 class BlockRun {

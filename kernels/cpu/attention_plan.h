@@ -62,8 +62,8 @@ struct AttentionStore {
 
 class Attention {
   public:
-    // Run a call that attention_fits.
-    void run(const AttentionCall& call);
+    // Run a call that attention_fits. A dlb_status: DLB_NO_MEMORY leaves results, and what is stored, in part.
+    int run(const AttentionCall& call);
 
     // For the runs of blocks.
     const AttentionCall* call = nullptr;
@@ -79,8 +79,8 @@ class Attention {
     bool stores_fit(bool share) const;
     void store_first();
     void store_block(const AttentionBlock& block) const;
-    void run_blocks(bool store);
-    bool run_chunks(bool store);
+    int run_blocks(bool store);
+    int run_chunks(bool store);
 
     std::vector<int64_t> begin_;  // [KV heads + 1]: the heads of each
     std::vector<AttentionItem> items_;

@@ -139,6 +139,5 @@ int dlb_decoder::attend(const Layer& layer, const Slice& slice, int64_t index) {
     call.context = &heads;
     call.load_query = dlb::load_query;
     call.store = dlb::store;
-    attention_.run(call);
-    return DLB_OK;
+    return attention_.run(call);
 }

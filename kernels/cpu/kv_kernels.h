@@ -19,8 +19,8 @@ struct KvKernels {
     // n numbers to fp16 or bf16 (a DLB_KV_* type, also fp32: a copy) as generic/half.h does.
     void (*narrow)(const float* x, int32_t kv_type, void* out, int64_t n);
     // n numbers to int8 and one fp16 scale: scale = fp16(max|x| / 127); q = x / scale to nearest even, within +-127; 0
-    // where the scale is 0. A NaN or an infinity among them makes the scale NaN; a number above about 127 * 65504, whose
-    // scale fp16 cannot hold, makes it infinite, and the row is read as NaN.
+    // where the scale is 0. A NaN or an infinity among them makes the scale NaN; a number above about 127 * 65504,
+    // whose scale fp16 cannot hold, makes it infinite, and the row is read as NaN.
     void (*narrow_int8)(const float* x, int8_t* q, uint16_t* scale, int64_t n);
     // FloatKernels.scores and accumulate for one query row and keys or values as they are stored, of a DLB_KV_* type;
     // `scales` has one for each key (int8). dim % 16 == 0.
