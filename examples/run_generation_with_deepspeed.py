@@ -24,6 +24,7 @@ from dist_lowbit.transformers import AutoModelForCausalLM
 
 WEIGHTS = {"INT8": "sym_int8", "INT4": "sym_int4", "NF4": "nf4", "FP8": "fp8"}
 LIKE_NOTHING = ("--ipex", "--autotp", "--shard-model", "--deployment-mode", "--disable-deployment-mode", "--ki")
+LEAST = {"batch_size": 1, "num_iter": 1, "num_warmup": 0, "input_tokens": 1, "max_new_tokens": 1, "num_beams": 1}
 PROMPT = "Once upon a time, there was a little girl who lived near a forest. "
 
 
@@ -49,7 +50,14 @@ def read_arguments() -> argparse.Namespace:
     add("--local_rank", help="passed by the deepspeed launcher; the environment says it too")
     for name in (*LIKE_NOTHING, "--quant-with-amp"):
         add(name, action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, least in LEAST.items():
+        if getattr(args, name) < least:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} is {getattr(args, name)}; expected a whole number of at least {least}")
+    if args.prompt == "":
+        raise UsageError("--prompt is empty; expected a text to go on from")
+    return args
 
 
 def encode(tokenizer, args: argparse.Namespace) -> torch.Tensor:

@@ -32,6 +32,19 @@ def run(*command: object, limit: float = 110, **more: str) -> str:
     return done.stdout
 
 
+def refused(script: str, *words: str) -> str:
+    """Return what an example says that ends with an error."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    return done.stderr
+
+
 @cache
 def alone(*words: str) -> str:
     """Return what generate.py says on one rank."""
@@ -176,6 +189,18 @@ def test_the_metrics_of_ipex_are_printed(beams: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--benchmark", "--num-iter", "0"], "--num-iter is 0; expected a whole number of at least 1"),
+        (["--input-tokens", "0"], "--input-tokens is 0; expected a whole number of at least 1"),
+    ],
+)
+def test_numbers_that_generate_nothing_are_a_sentence(words: list[str], text: str) -> None:
+    assert refused("run_generation_with_deepspeed.py", *words) == f"error: {text}\n"
+
+
+@pytest.mark.slow
 def test_whisper() -> None:
     pytest.importorskip("whisper", reason="openai-whisper is not installed")
     assert "loaded says the same: True" in run(sys.executable, EXAMPLES / "whisper_transcribe.py")
@@ -183,12 +208,5 @@ def test_whisper() -> None:
 
 @pytest.mark.slow
 def test_a_bad_model_is_a_sentence() -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "generate.py", "--model", "/nowhere"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr == "error: /nowhere does not exist; expected a model directory or a hub id\n"
+    said = refused("generate.py", "--model", "/nowhere")
+    assert said == "error: /nowhere does not exist; expected a model directory or a hub id\n"
