@@ -12,9 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from .backend import prepare_command
+from .cause import Ends
 from .errors import LaunchError
 from .hosts import Host, master_of, own_names
 from .job import Command, Job, Program, inherited, make_job, parse_env, parse_forwarded
@@ -63,12 +65,6 @@ def describe(jobs: Sequence[Job], runner: Runner, machine: Machine) -> str:
         lines += [f"# rank {spec.rank}{instance}: {spec.describe()}" for spec in job.ranks]
     lines += [command.shell() for job in jobs for command in runner.command(job)]
     return "\n".join(lines)
-
-
-def _sweep(launch_id: str, folder: str = "/dev/shm") -> None:
-    """Remove the shared memory of this job that no rank lived to unlink: its names hold the launch id."""
-    for path in Path(folder).glob(f"*{launch_id}*"):
-        path.unlink(missing_ok=True)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -138,16 +134,18 @@ def _run_here(
         if options.log_dir is not None:
             _make_folder(options.log_dir)
         _prepare({**os.environ, **user_env})
-        commands = [command for job in jobs for command in runner.command(job)]
-        return _watch(commands, jobs, seconds(options.grace), options.leash)
+        if options.style == "local":
+            return _watch([command for job in jobs for command in runner.command(job)], jobs, options)
+        with closing(Ends()) as ends:
+            return _watch(runner.command(replace(jobs[0], ends=ends.where)), jobs, options, ends)
 
 
-def _watch(commands: Sequence[Command], jobs: Sequence[Job], grace: float, leash: bool) -> int:
-    try:
-        return Watch(commands, inherited(os.environ), host=jobs[0].host, grace=grace, leash=leash).run()
-    finally:
-        for job in jobs:
-            _sweep(job.launch_id)
+def _watch(
+    commands: Sequence[Command], jobs: Sequence[Job], options: argparse.Namespace, ends: Ends | None = None
+) -> int:
+    grace = seconds(options.grace)
+    environ = inherited(os.environ)
+    return Watch(commands, environ, host=jobs[0].host, grace=grace, leash=options.leash, ends=ends).run()
 
 
 @contextmanager

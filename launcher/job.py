@@ -96,6 +96,7 @@ class Job:
     hosts: tuple[str, ...] = ()
     name: str = ""  # tells one of several instances
     stdin: bool = True  # rank 0 reads what the launcher reads
+    ends: str = ""  # where ranks that another launcher starts tell their end
 
     @property
     def size(self) -> int:

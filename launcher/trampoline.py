@@ -1,13 +1,14 @@
 """Prepare this process for its rank, then become the rank's program. Run by path, with nothing imported from here.
 
     python -I -S trampoline.py [--parent PID] [--death-signal N] [--cpus A;B] [--nodes A;B | --prefer A;B]
-        [--mask NAME=A;B]... [--lines all|others] -- PROGRAM ARGS...
+        [--mask NAME=A;B]... [--lines all|others [--keep FOLDER] [--ends HOST:PATH:INODE]] -- PROGRAM ARGS...
 
 Binding happens before the program starts so that every thread and page of it is in place from the first. It is a
 program of its own, not code between fork and exec, so it cannot meet a lock that another thread held, and other
 launchers (mpirun, torchrun, deepspeed) can run it in front of a rank. Sets for several local ranks are separated
 by ";" and picked by the local rank that the other launcher set. --lines puts relay.py between the program and the
-other launcher (of rank 0 not with "others").
+other launcher; with "others" the output of rank 0 stays as it is. No option may be the beginning of one of
+torchrun's or DeepSpeed's, whose parsers would take it for theirs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MPOL_PREFERRED, MPOL_BIND, MPOL_PREFERRED_MANY = 1, 2, 5  # linux/mempolicy.h; the last since Linux 5.15
 # Number of the system call set_mempolicy, which glibc does not wrap (asm/unistd.h).
 SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237, "riscv64": 237, "ppc64le": 261, "s390x": 270}
-RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "PALS_RANKID", "SLURM_PROCID")
 LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID")
 
 
@@ -94,11 +95,14 @@ def bind_memory(nodes: list[int], prefer: bool) -> None:
         print(f"dist-lowbit run: memory is not bound to NUMA node {nodes}: {why}", file=sys.stderr)
 
 
-def make_lines(whose: str) -> None:
-    """Become two processes: one goes on from here, the other passes on its output in whole lines, and ends with it."""
-    rank = next((os.environ[name] for name in RANKS if name in os.environ), "?")
-    if whose == "all" or rank != "0":
-        runpy.run_path(str(Path(__file__).with_name("relay.py")))["relay"](f"[{rank}] ".encode())
+def make_lines(whose: str, log: str | None, ends: str | None) -> None:
+    """Become two processes: one goes on from here, the other passes on its output, tells its end, and ends with it."""
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
+    if rank is None:
+        fail(2, f"none of {', '.join(RANKS)} tells which rank this is")
+    prefix = f"[{rank}] ".encode() if whose == "all" or rank != "0" else None
+    if prefix or log or ends:
+        runpy.run_path(str(Path(__file__).with_name("relay.py")))["relay"](rank, prefix, log, ends)
 
 
 def main(argv: list[str]) -> None:
@@ -120,7 +124,7 @@ def main(argv: list[str]) -> None:
         variable, _, values = mask.partition("=")
         os.environ[variable] = pick(values)
     if "--lines" in options:
-        make_lines(options["--lines"])
+        make_lines(options["--lines"], options.get("--keep"), options.get("--ends"))
     try:
         os.execvp(program[0], program)
     except OSError as error:  # the codes of a shell: 127 not found, 126 found but not to be run

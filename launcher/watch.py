@@ -13,18 +13,16 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 
+from .cause import BLAME_WINDOW, Ends, RankEnd, blame, first_cause, lost_a_peer
 from .events import Leash, Signals
 from .job import Command
 from .output import HIGH_WATER, Sink
 from .process import End, Guard, Process, Stream, signal_name
 
-# Deaths this close to the first are weighed together: a peer's death is noticed by the others within milliseconds.
-BLAME_WINDOW = 0.2
 # After SIGKILL; what still lives then hangs in the kernel, and waiting longer would help nobody.
 KILL_WAIT = 1.5
-# A rank that ends with this code, or with this error uncaught, says that a peer is gone: it is not the cause.
-PEER_LOST = 3
-PEER_LOST_ERROR = "CommError: "
+# So long another launcher has to end the other ranks itself; DeepSpeed's looks every second, Hydra not at all.
+FOREIGN_WINDOW = 2.0
 # So long may an `error: ` line wait for the end of its rank, and for the same line of the others.
 HOLD = 0.5
 # Where all deaths so far only follow from another, the cause may still be busy unloading its libraries.
@@ -39,29 +37,15 @@ _HINTS = {
 }
 
 
-def lost_a_peer(end: End, last_words: Sequence[str]) -> bool:
-    """Return whether a rank ended because another had: by its exit code, or by the last line of its stderr."""
-    return not end.killed and (end.code == PEER_LOST or PEER_LOST_ERROR in (last_words[-1] if last_words else ""))
-
-
-def blame(ends: Sequence[End], lost: Sequence[bool]) -> int:
-    """Return which of `ends`, in the order in which they were seen, caused the others.
-
-    A signal (but SIGABRT, which is what C++ does about a lost peer) weighs more than an exit code, and one that
-    `lost` a peer weighs least; among equals the earliest counts.
-    """
-
-    def weight(index: int) -> int:
-        end = ends[index]
-        if end.killed and end.code != signal.SIGABRT:
-            return 0
-        return 2 if lost[index] else 1
-
-    return min(range(len(ends)), key=weight)  # min keeps the first of equals
+def _hint(end: End) -> str:
+    return f" ({_HINTS[signal.Signals(end.code)]})" if end.killed and end.code in _HINTS else ""
 
 
 class Watch:
-    """The job while it runs. `run()` once. `leash`: the end of stdin ends the job, as another launcher holds it."""
+    """The job while it runs. `run()` once. `leash`: the end of stdin ends the job, as another launcher holds it.
+
+    ends: what the ranks under another launcher tell of theirs, which then counts in the place of its own end.
+    """
 
     def __init__(
         self,
@@ -71,9 +55,11 @@ class Watch:
         host: str,
         grace: float,
         leash: bool = False,
+        ends: Ends | None = None,
     ) -> None:
         self._commands, self._environ, self._host, self._grace = commands, environ, host, grace
         self._leash = Leash() if leash else None
+        self._ends = ends
         self._out, self._err = Sink(1), Sink(2)
         self._poll = selectors.PollSelector()  # epoll refuses regular files
         self._processes: list[Process] = []
@@ -90,6 +76,8 @@ class Watch:
             self._poll.register(signals.fd, selectors.EVENT_READ, signals)
             if self._leash is not None:
                 self._poll.register(self._leash.fd, selectors.EVENT_READ, self._leash)
+            if self._ends is not None:
+                self._poll.register(self._ends.fd, selectors.EVENT_READ, self._ends)
             guard = Guard()
             try:
                 for command in self._commands:
@@ -132,6 +120,8 @@ class Watch:
                 if key.data.gone():
                     self._poll.unregister(key.fd)
                     self._begin_ending()
+            elif isinstance(key.data, Ends):
+                self._told(key.data)
             else:
                 key.data.pump()
         if self._out.broken and self._phase in ("running", "blaming"):
@@ -165,7 +155,7 @@ class Watch:
                     if not stream.pipe.closed:
                         wanted[stream.pipe.fileno()] = (stream, selectors.EVENT_READ)
         for fd, key in registered.items():
-            if not isinstance(key.data, Process | Signals | Leash) and (
+            if not isinstance(key.data, Process | Signals | Leash | Ends) and (
                 fd not in wanted or wanted[fd][0] is not key.data
             ):
                 self._poll.unregister(fd)
@@ -190,6 +180,11 @@ class Watch:
             if self._phase == "running" or self._waited_for_cause:
                 self._phase, self._deadline = "blaming", time.monotonic() + BLAME_WINDOW
 
+    def _told(self, ends: Ends) -> None:
+        """Let a rank's failure under another launcher end the job, if that launcher does not do it in time."""
+        if first_cause(ends.read()) is not None and self._phase == "running" and self._asked is None:
+            self._phase, self._deadline = "blaming", time.monotonic() + FOREIGN_WINDOW
+
     def _received(self, number: int) -> None:
         if number == signal.SIGTSTP:
             self._suspend()
@@ -211,7 +206,7 @@ class Watch:
 
     def _deadline_passed(self) -> None:
         if self._phase == "blaming":
-            lost = all(self._lost())
+            lost = bool(self._deaths) and all(self._lost())
             self._stopped = [process for process in self._alive() if process.is_stopped()] if lost else []
             if lost and self._alive() and not self._stopped and not self._waited_for_cause:
                 self._waited_for_cause = True
@@ -271,6 +266,8 @@ class Watch:
         for process in self._alive():
             self._say(f"{self._who(process)} did not end on SIGKILL: it hangs in the kernel")
         self._tell_last_words()
+        if self._ends is not None and self._asked is None and (told := first_cause(self._ends.read())) is not None:
+            return self._report_told(*told)
         if self._deaths:
             return self._report_failure()
         failed = [p.end for p in self._processes if p.end is None or not p.end.ok]
@@ -304,8 +301,7 @@ class Watch:
         sentence = f"{self._who(process)} {end.describe()}"
         for stopped in self._stopped:
             sentence = f"{self._who(stopped)} was stopped by a signal and held up the others: {sentence}"
-        if end.killed and end.code in _HINTS:
-            sentence += f" ({_HINTS[signal.Signals(end.code)]})"
+        sentence += _hint(end)
         if len(self._processes) > 1:
             sentence += ", so the job was ended"
         also = [f"{p.title} {e.describe()}" for p, e in self._deaths if p is not process]
@@ -318,6 +314,15 @@ class Watch:
             sentence += "; the last lines of its stderr:" + "".join(f"\n  {line}" for line in lines)
         self._say(sentence)
         return end.exit_code
+
+    def _report_told(self, cause: RankEnd, others: Sequence[RankEnd]) -> int:
+        """Name the rank that failed under another launcher, and return its code."""
+        sentence = f"rank {cause.rank} (pid {cause.pid} on host {cause.host}) {cause.end.describe()}{_hint(cause.end)}"
+        sentence += ", so the job was ended"
+        if others:
+            sentence += f"; at the same time {', '.join(f'rank {e.rank} {e.end.describe()}' for e in others)}"
+        self._say(sentence)
+        return cause.end.exit_code
 
     def _who(self, process: Process) -> str:
         return f"{process.title} (pid {process.pid} on host {self._host})"

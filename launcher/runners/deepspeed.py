@@ -45,15 +45,9 @@ class DeepspeedRunner:
         else:
             start, flags = (self.program,), ["--num_accelerators", str(len(job.ranks)), "--no_local_rank"]
         flags += ["--master_addr", job.master_addr, "--master_port", str(job.master_port)]
-        flags += ["--enable_each_rank_log", job.log_dir] if job.log_dir else []
-        program = bound_argv(job)
-        if program != job.program.argv or job.program.kind == "program":
-            flags += ["--no_python"]
-        else:
-            flags += ["--module"] if job.program.kind == "module" else []
-            program = (job.program.target, *job.program.args)
+        flags += ["--no_python"]
         env = {**job.env, "DS_ACCELERATOR": job.env.get("DS_ACCELERATOR", self.accelerator)}
-        return [foreign_command("deepspeed", job, (*start, *flags, *program), env)]
+        return [foreign_command("deepspeed", job, (*start, *flags, *bound_argv(job)), env)]
 
 
 def _node_launcher(job: Job) -> tuple[tuple[str, ...], list[str]]:

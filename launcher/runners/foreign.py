@@ -21,11 +21,12 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
 
 
-def bound_argv(job: Job, *, cpus: bool = True, lines: bool = False) -> tuple[str, ...]:
-    """Return a rank's argv with our own trampoline in front, or the bare argv where there is nothing for it to do.
+def bound_argv(job: Job, *, cpus: bool = True) -> tuple[str, ...]:
+    """Return a rank's argv with our own trampoline in front.
 
-    `cpus=False` leaves the cores to the other launcher and binds memory only. lines: the other launcher passes output
-    on in whatever pieces it comes, so the trampoline makes whole lines behind the rank of them.
+    `cpus=False` leaves the cores to the other launcher and binds memory only. The other launcher passes output on in
+    whatever pieces it comes, or mixes prefixes into lines, and tells no rank's end by rank, pid and host, so the
+    trampoline makes whole lines behind the rank, keeps the logs and tells the end.
     """
     options: list[str] = []
     if cpus and any(spec.cpus for spec in job.ranks):
@@ -35,15 +36,13 @@ def bound_argv(job: Job, *, cpus: bool = True, lines: bool = False) -> tuple[str
         options += [how, ";".join(format_cpulist(spec.nodes) for spec in job.ranks)]
     for name in dict.fromkeys(name for spec in job.ranks for name in spec.mask):
         options += ["--mask", f"{name}=" + ";".join(spec.mask.get(name, "") for spec in job.ranks)]
-    if lines:
-        options += ["--lines", "all" if job.prefix else "others"]
-    if not options:
-        return job.program.argv
+    options += ["--lines", "all" if job.prefix else "others"]
+    options += ["--keep", os.path.abspath(job.log_dir)] if job.log_dir else []
+    options += ["--ends", job.ends] if job.ends else []
     return (job.program.python, "-I", "-S", TRAMPOLINE, *options, "--", *job.program.argv)
 
 
 def foreign_command(name: str, job: Job, argv: tuple[str, ...], env: Mapping[str, str]) -> Command:
     """Return the Command of another launcher, which cleans up after SIGTERM but not after SIGKILL."""
-    log = os.path.join(job.log_dir, name) if job.log_dir else None
     stdin = "own" if job.stdin else "none"
-    return Command(name=name, argv=argv, env=env, log=log, stdin=stdin, death_signal=signal.SIGTERM)
+    return Command(name=name, argv=argv, env=env, stdin=stdin, death_signal=signal.SIGTERM)

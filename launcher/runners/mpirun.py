@@ -68,7 +68,7 @@ class MpirunRunner:
         assert self.program is not None, self.why_not()
         assert self.dialect is not None, self.why_not()
         flags = {"intel": self._intel, "mpich": self._mpich, "openmpi": self._openmpi}[self.dialect](job)
-        program = bound_argv(job, cpus=self.dialect == "openmpi", lines=True)
+        program = bound_argv(job, cpus=self.dialect == "openmpi")
         argv = (self.program, *flags, *_hosts(job, self.dialect), "-n", str(job.size), *program)
         return [foreign_command("mpirun", job, argv, _siblings_on_path(self.program, os.environ.get("PATH", "")))]
 

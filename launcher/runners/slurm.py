@@ -95,5 +95,5 @@ class SlurmRunner:
         if self.given is not None and self.given.cpus_here:
             flags += ["--cpus-per-task", str(max(1, self.given.cpus_here // len(job.ranks)))]
         flags += ["--export", "ALL"]
-        argv = (self.program, *flags, *bound_argv(job, lines=True))
+        argv = (self.program, *flags, *bound_argv(job))
         return [foreign_command("srun", job, argv, job.env)]

@@ -37,17 +37,13 @@ class TorchrunRunner:
         return None
 
     def command(self, job: Job) -> list[Command]:
-        """Return the one torchrun. Its own --numa-binding wants GPUs, so the trampoline binds."""
+        """Return the one torchrun. Its own --numa-binding wants GPUs, so the trampoline binds.
+
+        Its own prefix (--tee) stands in the middle of lines, so the trampoline makes those, too.
+        """
         assert self.program is not None, self.why_not()
         flags = ["--nnodes", str(len(job.counts)), "--nproc-per-node", str(len(job.ranks)), "--max-restarts", "0"]
         flags += ["--node-rank", str(job.node)] if len(job.counts) > 1 else []
         flags += ["--master-addr", job.master_addr, "--master-port", str(job.master_port)]
-        flags += ["--tee", "3"] if job.prefix else []
-        flags += ["--log-dir", job.log_dir] if job.log_dir else []
-        program = bound_argv(job)
-        if program != job.program.argv or job.program.kind == "program":
-            flags += ["--no-python"]
-        else:
-            flags += ["--module"] if job.program.kind == "module" else []
-            program = (job.program.target, *job.program.args)
-        return [foreign_command("torchrun", job, (*self.program, *flags, *program), job.env)]
+        flags += ["--no-python"]
+        return [foreign_command("torchrun", job, (*self.program, *flags, *bound_argv(job)), job.env)]

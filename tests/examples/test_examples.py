@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,19 @@ def test_generate_on_two_ranks_says_what_one_says() -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_generate_under_every_launcher(style: str, words: tuple[str, ...]) -> None:
     check(style, words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", RUNNERS)
+def test_generate_in_every_style_writes_the_same_lines(style: str) -> None:
+    why_not = RUNNERS[style]().why_not()
+    if why_not is not None:
+        pytest.skip(f"--style {style} cannot be used: {why_not}")
+    said = run(
+        sys.executable, "-m", "dist_lowbit.cli", "run", "-n", 2, "--style", style, EXAMPLES / "generate.py", *GREEDY
+    )
+    lines = [line for line in said.splitlines() if re.match(r"\[\d+\] ", line)]
+    assert "\n".join(lines) == "\n".join(f"[0] {line}" for line in alone(*GREEDY).splitlines())
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from dist_lowbit.launcher.cause import blame, lost_a_peer
 from dist_lowbit.launcher.process import End
-from dist_lowbit.launcher.watch import blame, lost_a_peer
 from tests.launcher.conftest import READY, Launch, gone, until
 
 HOST = socket.gethostname()
@@ -205,17 +205,6 @@ def test_what_a_rank_started_ends_with_the_job(launch: Launch) -> None:
     """)
     assert launch("-n", "1", script).returncode == 0
     assert gone(int(launch.wait_for("child")))
-
-
-def test_shared_memory_of_the_job_is_swept(launch: Launch) -> None:
-    script = launch.script("""
-        name = f"/dev/shm/dist_lowbit_{os.environ['DIST_LOWBIT_LAUNCH_ID']}_test"
-        open(name, "w").close()
-        open("name", "w").write(name)
-        os.kill(os.getpid(), 9)
-    """)
-    assert launch("-n", "1", script).returncode == 137
-    assert not os.path.exists(launch.wait_for("name"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,7 @@ SHARED = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400", "DIST_LOWBIT_LAUNC
 GENV = "-genv MASTER_ADDR 127.0.0.1 -genv MASTER_PORT 29400 -genv DIST_LOWBIT_LAUNCH_ID cafe -genv OMP_NUM_THREADS 1"
 END = "/py gen.py --x 'a b'"
 LINES = f"/py -I -S {TRAMPOLINE} --lines all -- {END}"
+LOGS = os.path.abspath("logs")
 ALONE = f"/py -I -S {TRAMPOLINE} --lines others -- {END}"
 
 
@@ -164,7 +166,7 @@ def test_memory_nodes_come_by_the_trampoline_under_hydra() -> None:
 def test_masks_come_by_the_trampoline() -> None:
     masks = [{"ZE_AFFINITY_MASK": "0"}, {"ZE_AFFINITY_MASK": "1"}]
     text = line(TorchrunRunner(("torchrun",)), job(masks=masks))
-    assert text.endswith(f"/py -I -S {TRAMPOLINE} --mask 'ZE_AFFINITY_MASK=0;1' -- {END}")
+    assert text.endswith(f"/py -I -S {TRAMPOLINE} --mask 'ZE_AFFINITY_MASK=0;1' --lines all -- {END}")
 
 
 def test_mpirun_outside_the_path_finds_its_siblings() -> None:
@@ -175,20 +177,20 @@ def test_mpirun_outside_the_path_finds_its_siblings() -> None:
 TORCHRUN = "--nnodes 1 --nproc-per-node 2 --max-restarts 0 --master-addr 127.0.0.1 --master-port 29400"
 DEEPSPEED = "--num_accelerators 2 --no_local_rank --master_addr 127.0.0.1 --master_port 29400"
 OTHERS = [
-    (TorchrunRunner(("torchrun",)), job(), f"{TORCHRUN} --tee 3 gen.py --x 'a b'"),
+    (TorchrunRunner(("torchrun",)), job(), f"{TORCHRUN} --no-python {LINES}"),
     (TorchrunRunner(("torchrun",)), job(program=Program("module", "m", ("y",), "/py"), prefix=False, log_dir="logs"),
-     f"{TORCHRUN} --log-dir logs --module m y"),
+     f"{TORCHRUN} --no-python /py -I -S {TRAMPOLINE} --lines others --keep {LOGS} -- /py -m m y"),
     (TorchrunRunner(("torchrun",)), job(program=Program("program", "/bin/ls", (), "/py"), prefix=False),
-     f"{TORCHRUN} --no-python /bin/ls"),
+     f"{TORCHRUN} --no-python /py -I -S {TRAMPOLINE} --lines others -- /bin/ls"),
     (TorchrunRunner(("torchrun",)), job(bind_mode="core", prefix=False),
-     f"{TORCHRUN} --no-python /py -I -S {TRAMPOLINE} --cpus '0;1' -- {END}"),
+     f"{TORCHRUN} --no-python /py -I -S {TRAMPOLINE} --cpus '0;1' --lines others -- {END}"),
     (TorchrunRunner(("torchrun",)), job(counts=(2, 2), node=1, prefix=False), "--nnodes 2 --nproc-per-node 2 "
-     "--max-restarts 0 --node-rank 1 --master-addr 127.0.0.1 --master-port 29400 gen.py --x 'a b'"),
-    (DeepspeedRunner("deepspeed"), job(), f"{DEEPSPEED} gen.py --x 'a b'"),
+     "--max-restarts 0 --node-rank 1 --master-addr 127.0.0.1 --master-port 29400 --no-python " + ALONE),
+    (DeepspeedRunner("deepspeed"), job(), f"{DEEPSPEED} --no_python {LINES}"),
     (DeepspeedRunner("deepspeed"), job(program=Program("module", "m", (), "/py"), log_dir="logs"),
-     f"{DEEPSPEED} --enable_each_rank_log logs --module m"),
+     f"{DEEPSPEED} --no_python /py -I -S {TRAMPOLINE} --lines all --keep {LOGS} -- /py -m m"),
     (DeepspeedRunner("deepspeed"), job("two_sockets_ht.lscpu", "socket"),
-     f"{DEEPSPEED} --no_python /py -I -S {TRAMPOLINE} --cpus '0-27;28-55' --nodes '0;1' -- {END}"),
+     f"{DEEPSPEED} --no_python /py -I -S {TRAMPOLINE} --cpus '0-27;28-55' --nodes '0;1' --lines all -- {END}"),
 ]  # fmt: skip
 
 
@@ -202,8 +204,8 @@ def test_one_of_several_hosts_of_deepspeed_is_started_as_deepspeed_does() -> Non
     assert command.argv[:5] == ("/py", "-u", "-m", "deepspeed.launcher.launch", "--world_info")
     world = json.loads(base64.urlsafe_b64decode(command.argv[5]))
     assert world == {"node0": [0, 1], "node1": [0]}
-    rest = "--node_rank 0 --no_local_rank --master_addr 127.0.0.1 --master_port 29400 gen.py --x 'a b'"
-    assert shlex.join(command.argv[6:]) == rest
+    rest = "--node_rank 0 --no_local_rank --master_addr 127.0.0.1 --master_port 29400 --no_python "
+    assert shlex.join(command.argv[6:]) == rest + LINES
 
 
 def test_deepspeed_runs_on_the_cpu_unless_told_otherwise() -> None:
@@ -277,17 +279,60 @@ def test_each_style_that_is_here_starts_bound_ranks(launch: Launch, style: str) 
     assert places[0].endswith("['--local', 'x y']")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("style", [name for name in RUNNERS if name != "local"])
-def test_the_failure_of_each_style_is_passed_on(launch: Launch, style: str) -> None:
+def skip_without(style: str) -> None:
     why_not = RUNNERS[style]().why_not()
     if why_not is not None:
         pytest.skip(f"--style {style} cannot be used: {why_not}")
+
+
+FAILURES = {
+    "sys.exit(7)": (7, "ended with exit code 7"),
+    "os.kill(os.getpid(), 11)": (139, "was killed by signal 11 (SIGSEGV)"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("style", STYLES)
+def test_the_failure_of_each_style_is_passed_on(launch: Launch, style: str, failure: str) -> None:
+    skip_without(style)
     path = launch.folder / "fails.py"
-    path.write_text("raise SystemExit(7)\n")
+    path.write_text(f"import os, sys, time\n{RANK_OF_ANY}{READY}if rank == '1': {failure}\ntime.sleep(60)\n")
     done = launch("-n", "2", "--bind", "none", "--style", style, str(path))
-    assert done.returncode != 0
-    assert f"dist-lowbit run: {style} (pid " in done.stderr
+    code, words = FAILURES[failure]
+    assert done.returncode == code, done.stderr
+    pid = launch.wait_for("pid1")
+    who = f"rank 1 (pid {pid} on host {os.uname().nodename})"
+    assert f"dist-lowbit run: {who} {words}, so the job was ended" in done.stderr
+    assert done.stderr.count("dist-lowbit run: ") == 1
+
+
+@pytest.mark.parametrize("switch", [[], ["--no-prefix"]])
+@pytest.mark.parametrize("style", STYLES)
+def test_each_style_writes_lines_and_logs_by_rank(launch: Launch, style: str, switch: list[str]) -> None:
+    skip_without(style)
+    path = launch.folder / "says.py"
+    path.write_text(
+        f"import os, sys, time\n{RANK_OF_ANY}"
+        "for piece in ['one', ' two', '\\nthr', 'ee\\n']:\n"
+        "    print(piece, end='', flush=True)\n"
+        "    time.sleep(0.01)\n"
+        "print('err', rank, file=sys.stderr)\n"
+    )
+    done = launch("-n", "2", "--bind", "none", "--style", style, "--log-dir", "logs", *switch, str(path))
+    assert done.returncode == 0, done.stderr
+    prefixes = ["" if switch and rank == 0 else f"[{rank}] " for rank in range(2)]
+    said = [
+        line for line in done.stdout.splitlines() if line and not re.search(r"\] \[(INFO|WARNING)\] ", line)
+    ]  # deepspeed's own
+    if switch:  # rank 0 streams, so the other's lines may stand in the middle of its own
+        assert len(said) >= 3
+    else:
+        assert sorted(said) == sorted(f"{p}{text}" for p in prefixes for text in ("one two", "three"))
+    assert sorted(os.listdir(launch.folder / "logs")) == ["rank0.err", "rank0.out", "rank1.err", "rank1.out"]
+    for rank in range(2):
+        assert (launch.folder / "logs" / f"rank{rank}.out").read_text() == "one two\nthree\n"
+        assert f"err {rank}\n" in (launch.folder / "logs" / f"rank{rank}.err").read_text()
+        assert f"{prefixes[rank]}err {rank}\n" in done.stderr
 
 
 @pytest.mark.slow
