@@ -3,7 +3,8 @@
     deepspeed --num_accelerators 2 examples/deepspeed_autotp.py --repo-id-or-model-path MODEL
     mpirun -n 2 python examples/deepspeed_autotp.py --repo-id-or-model-path MODEL
 
-Needs DeepSpeed; DS_ACCELERATOR=cpu where it would choose another device. RANK_WAIT_TIME=30 lets each rank begin to load
+Needs DeepSpeed, which compiles an operator at its first run (minutes; if it stands still, docs/troubleshoot.md).
+DS_ACCELERATOR=cpu where it would choose another device. RANK_WAIT_TIME=30 lets each rank begin to load
 30 seconds after the one before. examples/generate.py does the same without DeepSpeed and without the whole model on
 every rank.
 """
