@@ -16,7 +16,7 @@ from dist_lowbit.core.rank import RankInfo
 from dist_lowbit.kernels import ccl
 from dist_lowbit.kernels.ccl import build
 from tests.comm.conftest import require
-from tests.comm.harness import Farm
+from tests.comm.harness import ROOT, Farm
 
 PAIR = RankInfo(1, 2, 1, 2, "127.0.0.1", 1, "test")
 OFI = {"CCL_ATL_TRANSPORT": "ofi", "CCL_PROCESS_LAUNCHER": "none", "FI_PROVIDER": "tcp"}
@@ -117,3 +117,38 @@ def test_bindings_are_used_where_they_are_for_this_torch(
     monkeypatch.setattr(metadata, "version", installed)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     assert torch_ccl.bindings_version() == (version if used else None)
+
+
+# What pip would leave behind for the bindings, and what they do at import: register a backend of their own.
+BINDINGS = """
+import torch.distributed as dist
+dist.Backend.register_backend("ccl", lambda store, rank, size, timeout: None, devices=["cpu"])
+"""
+REGISTERS = """
+import sys
+import torch.distributed as dist
+from dist_lowbit.comm import torch_ccl
+function = dist.Backend._plugins["CCL"].creator_fn
+print(function is torch_ccl._create, "oneccl_bindings_for_pytorch" in sys.modules, torch_ccl.register())
+"""
+
+
+@pytest.mark.parametrize(("matching", "said"), [(True, "False True"), (False, "True False")])
+def test_register_imports_bindings_of_this_torch_and_no_others(matching: bool, said: str, tmp_path: Path) -> None:
+    """The bindings themselves do not install beside this torch: a package of their name stands on the path instead."""
+    version = torch.__version__.partition("+")[0] if matching else "1.13.0"
+    described = tmp_path / f"oneccl_bindings_for_pytorch-{version}.dist-info"
+    described.mkdir()
+    name = "oneccl_bindings_for_pytorch"
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (tmp_path / f"{name}.py").write_text(BINDINGS)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", REGISTERS],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{said} registered before\n"
+    assert ("is for another torch than" in done.stderr) is not matching
