@@ -23,8 +23,9 @@ from .process import End, Guard, Process, Stream, signal_name
 KILL_WAIT = 1.5
 # So long another launcher has to end the other ranks itself; DeepSpeed's looks every second, Hydra not at all.
 FOREIGN_WINDOW = 2.0
-# So long may an `error: ` line wait for the end of its rank, and for the same line of the others.
-HOLD = 0.5
+# So long may an `error: ` line wait for the end of its rank, and for the same line of the others: unloading libraries
+# takes seconds on a busy machine.
+HOLD = 5.0
 # Where all deaths so far only follow from another, the cause may still be busy unloading its libraries.
 CAUSE_WINDOW = 1.0
 

@@ -147,6 +147,15 @@ def test_what_all_ranks_say_at_their_end_is_printed_once(launch: Launch, switch:
     assert done.stderr.count("\n") == 2  # and the launcher's own sentence
 
 
+def test_what_all_ranks_say_is_printed_once_though_they_end_late(launch: Launch) -> None:
+    script = launch.script("print('error: no model', file=sys.stderr); time.sleep(0.8 + rank / 20); sys.exit(1)")
+    done = launch("-n", "2", "--bind", "none", script)
+    assert done.returncode == 1
+    assert done.stderr.count("no model") == 1
+    assert "[0,1] error: no model\n" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_line_that_looks_like_an_end_is_passed_on_in_time(launch: Launch) -> None:
     process = launch.start("-n", "1", launch.script("print('error: not yet', file=sys.stderr); time.sleep(60)"))
     assert process.stderr.readline() == "[0] error: not yet\n"
