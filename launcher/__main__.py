@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from .backend import prepare_command
+from .backend import BACKEND, prepare_command
 from .cause import Ends
 from .errors import LaunchError
 from .hosts import Host, master_of, own_names
@@ -201,9 +201,11 @@ def _prepare(environ: Mapping[str, str]) -> None:
     command = prepare_command(environ)
     if command is None:
         return
-    done = subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
+    done = subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise LaunchError(f"`{' '.join(command[1:])}` ended with exit code {done.returncode}, so nothing was started")
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1].removeprefix("error: ")
+        what = f"what {BACKEND}={environ[BACKEND]} needs cannot be prepared by `python {' '.join(command[1:])}`"
+        raise LaunchError(f"{what}, so nothing was started: {reason}")
 
 
 def _make_folder(path: str) -> None:

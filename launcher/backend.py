@@ -13,7 +13,7 @@ _DEFAULTS = {"ccl": {"CCL_PROCESS_LAUNCHER": "none", "CCL_ATL_TRANSPORT": "ofi",
 _MANAGED = ("mpirun",)  # styles whose ranks have such a manager: oneCCL's own choice is faster there
 
 # What must be there before N ranks want it at once: the shim for oneCCL is compiled on the user's machine.
-_PREPARE = {"ccl": ("-m", "dist_lowbit.cli", "build", "ccl")}
+_PREPARE = {"ccl": ("-m", "dist_lowbit.kernels.ccl")}
 
 
 def backend_defaults(environ: Mapping[str, str], style: str = "local") -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_lowbit.launcher.process import TRAMPOLINE
-from tests.launcher.conftest import READY, Launch
+from tests.launcher.conftest import LIMIT, READY, ROOT, Launch
 
 TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs 2 CPUs")
 
@@ -267,3 +267,17 @@ sys.exit(f"imported {heavy}" if heavy else code)
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0] hello\n", "")
     assert subprocess.run([sys.executable, "-m", "launcher", "--help"], cwd=root, stdout=-3).returncode == 0
+
+
+def test_a_backend_that_cannot_be_prepared_is_one_sentence(launch: Launch) -> None:
+    (launch.folder / "dist_lowbit").mkdir()
+    (launch.folder / "dist_lowbit" / "__init__.py").write_text("raise SystemExit('error: no oneCCL here')\n")
+    start = ROOT / "launcher" / "start.py"
+    done = subprocess.run(
+        [sys.executable, "-P", str(start), "-n", "1", "--bind", "none", "--", "/bin/true"], cwd=launch.folder,
+        env={**os.environ, "DIST_LOWBIT_BACKEND": "ccl", "PYTHONPATH": ""}, capture_output=True, text=True,
+        timeout=LIMIT,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("`python -m dist_lowbit.kernels.ccl`, so nothing was started: no oneCCL here\n")
+    assert done.stderr.count("\n") == 1
