@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +48,9 @@ with init_group(backend=sys.argv[1], timeout=40) as group:
 )
 
 
+HOLD_MEMORY = "os.ftruncate(f, 4096); m = mmap.mmap(f, 4096); print('up', flush=True); sys.stdin.read()"
+
+
 def ranks_of(launcher: int) -> dict[int, int]:
     """Return the pid of each rank that a launcher has started."""
     found = {}
@@ -59,8 +64,39 @@ def ranks_of(launcher: int) -> dict[int, int]:
     return found
 
 
-def segments() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir() if "dist_lowbit" in path.name}
+def shared(pid: int) -> set[int]:
+    """Return the inodes of /dev/shm that a process maps: most have no name, so that only a mapping shows them."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except OSError:  # it ended meanwhile
+        return set()
+    return {int(line.split()[4]) for line in maps.splitlines() if " /dev/shm/" in line}
+
+
+def left_of(inodes: set[int], pids: set[int]) -> list[str]:
+    """Return what of a job's shared memory has outlived it: files with one of its inodes or pids, processes' maps."""
+    found = []
+    for path in Path("/dev/shm").iterdir():
+        try:
+            own = path.lstat().st_ino in inodes
+        except FileNotFoundError:  # another job's
+            continue
+        if own or pids & {int(number) for number in re.findall(r"\d+", path.name)}:
+            found.append(path.name)
+    everyone = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+    return found + [f"pid {pid}" for pid in everyone if inodes and inodes & shared(pid)]
+
+
+def test_shared_memory_that_is_left_would_be_seen() -> None:
+    held = f"import mmap, os, sys; f = os.open('/dev/shm', os.O_RDWR | os.O_TMPFILE)\n{HOLD_MEMORY}"
+    process = subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    inodes = shared(process.pid)
+    assert len(inodes) == 1
+    assert left_of(inodes, set()) == [f"pid {process.pid}"]
+    process.communicate(b"")
+    assert left_of(inodes, set()) == []
 
 
 class Case:
@@ -70,7 +106,6 @@ class Case:
         for path in launch.folder.glob("up*"):
             path.unlink()
         self.launch, self.fate, self.victim = launch, draw.choice(fates), draw.randrange(RANKS)
-        self.before = segments()
         self.process: subprocess.Popen[str] = launch.start("-n", str(RANKS), "--bind", "none", "--grace", "1", *words)
         self.begun = time.monotonic()
         self.pids: dict[int, int] = until(lambda: len(found := ranks_of(self.process.pid)) == RANKS and found, 30)
@@ -84,6 +119,7 @@ class Case:
 
     def strike(self) -> None:
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "raise": signal.SIGUSR1}[self.fate]
+        inodes = set[int]().union(*map(shared, self.pids.values()))
         begun = time.monotonic()
         os.kill(self.pids[self.victim], number)
         _, err = self.process.communicate(timeout=60)
@@ -95,7 +131,7 @@ class Case:
         assert HOST in err, what
         assert "Fatal" not in err, what
         until(lambda: all(map(gone, self.pids.values())), 2)
-        assert segments() <= self.before, what
+        assert left_of(inodes, {self.process.pid, *self.pids.values()}) == [], what
 
 
 def seeds(count: int) -> Iterator[random.Random]:
