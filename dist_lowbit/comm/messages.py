@@ -22,6 +22,8 @@ from .base import BaseGroup, cut
 from .calls import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, BYTES, CODES, described
 from .tree import tree_sum
 
+# Bytes up to which each rank adds everything; above, each adds one slice. It decides the time, not the bits. The shim
+# of oneCCL has the same (tests/comm/test_tree.py); shm compares the bytes of all ranks together with its own border.
 SMALL = 256 * 1024
 HEADER_TAG = 0
 TAGS = 2**31 - 2

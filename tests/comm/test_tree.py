@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import pytest
 import torch
 
 from dist_lowbit.comm import postfix, tree_sum
+from dist_lowbit.comm.messages import SMALL
 from dist_lowbit.comm.shm import bind
 from dist_lowbit.comm.tree import DTYPES, slots
 from dist_lowbit.core.native import native
 from tests.comm.bodies import check_sum, same_bits, values
 from tests.comm.conftest import require
+from tests.comm.harness import ROOT
 
 ORDERS = {
     1: "0",
@@ -125,3 +128,10 @@ def test_compiled_conversions_of_every_sixteen_bit_number(dtype: torch.dtype) ->
         for total in (scalar, best):
             assert torch.equal(total.isnan(), ~known)
             assert same_bits(total[known], expected[known])
+
+
+def test_oneccl_and_the_other_messages_have_one_border_of_small_sums() -> None:
+    """Measured against one another they must do the same at the same size."""
+    shim = (ROOT / "kernels" / "ccl" / "shim.cpp").read_text()
+    factors = re.findall(r"constexpr size_t kSmall = (\d+) \* (\d+);", shim)
+    assert [int(a) * int(b) for a, b in factors] == [SMALL]
