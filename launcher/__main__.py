@@ -19,11 +19,11 @@ from .backend import BACKEND, prepare_command
 from .cause import Ends
 from .errors import LaunchError
 from .hosts import Host, master_of, own_names
-from .job import Command, Job, Program, inherited, make_job, parse_env, parse_forwarded
+from .job import Command, Job, Program, RankSpec, inherited, make_job, parse_env, parse_forwarded
 from .options import make_parser, number, seconds, split
 from .plan import Cast, Machine, make_cast, place_of, read_host_list, read_this_machine
 from .port import Port
-from .remote import host_commands
+from .remote import host_commands, plan_words
 from .runners import RUNNERS, Runner
 from .runners.slurm import PORTS, allocation
 from .watch import Watch
@@ -57,14 +57,26 @@ def describe(jobs: Sequence[Job], runner: Runner, machine: Machine) -> str:
     """Return what --dry-run prints: the machine, each rank's place and environment, the command of each process."""
     first = jobs[0]
     launch_id = f"launch id {first.launch_id}" if len(jobs) == 1 else f"{len(jobs)} instances"
-    where = f" ({len(first.ranks)} on host {first.node} of {len(first.counts)})" if len(first.counts) > 1 else ""
-    lines = [f"# style {runner.name}, {first.size} ranks{where}, bind {first.bind}, {launch_id}"]
+    if first.hosts:
+        where = f" on {len(first.hosts)} host{'' if len(first.hosts) == 1 else 's'}, each taken to be like this one"
+    else:
+        where = f" ({len(first.ranks)} on host {first.node} of {len(first.counts)})" if len(first.counts) > 1 else ""
+    ranks = f"{first.size} rank{'' if first.size == 1 else 's'}{where}"
+    lines = [f"# style {runner.name}, {ranks}, bind {first.bind}, {launch_id}"]
     lines.append(f"# machine: {machine.topology.describe()}")
     for job in jobs:
         instance = f" of instance {job.name}" if job.name else ""
-        lines += [f"# rank {spec.rank}{instance}: {spec.describe()}" for spec in job.ranks]
+        lines += [f"# rank {spec.rank}{instance}: {spec.describe()}" for spec in _on_all_hosts(job)]
     lines += [command.shell() for job in jobs for command in runner.command(job)]
     return "\n".join(lines)
+
+
+def _on_all_hosts(job: Job) -> list[RankSpec]:
+    """Return the ranks of a job; where it names its hosts, those of all of them."""
+    if not job.hosts:
+        return list(job.ranks)
+    places = [(host, spec) for host, count in zip(job.hosts, job.counts, strict=True) for spec in job.ranks[:count]]
+    return [replace(spec, rank=rank, host=host) for rank, (host, spec) in enumerate(places)]
 
 
 def run(argv: Sequence[str]) -> int:
@@ -106,7 +118,12 @@ def _run_hosts(
             prefix=not options.no_prefix,
         )
         if options.dry_run:
-            print("\n".join(f"# {command.title}\n{command.shell()}" for command in commands))
+            for host, command in zip(hosts, commands, strict=True):
+                print(f"# {command.title}\n{command.shell()}")
+                if host.name not in here:
+                    print("# cores, memory and variables are chosen there: --dry-run with -n on that host shows them")
+                elif code := run(plan_words(command.argv)):
+                    return code
             return 0
         # A host ends its own ranks within the grace, so it gets a little more.
         grace = seconds(options.grace) + HOST_GRACE

@@ -65,6 +65,11 @@ def host_commands(
     return commands
 
 
+def plan_words(argv: Sequence[str]) -> list[str]:
+    """Return the arguments of a launcher on this host that prints its plan; `argv` is its command, without ssh."""
+    return ["--dry-run", *argv[argv.index(START) + 1 :]]
+
+
 def _remote_line(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """Return the line for the other host's shell: this folder, this environment as far as it matters, the command."""
     env = [f"{name}={value}" for name, value in sorted(environ.items()) if _FORWARDED.fullmatch(name)]

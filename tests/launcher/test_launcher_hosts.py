@@ -16,6 +16,8 @@ from dist_lowbit.launcher.__main__ import main
 from dist_lowbit.launcher.errors import LaunchError
 from dist_lowbit.launcher.hosts import Host, master_of, parse_hostfile, parse_hosts
 from dist_lowbit.launcher.options import split, without
+from dist_lowbit.launcher.runners import RUNNERS
+from dist_lowbit.launcher.runners.mpirun import MpirunRunner
 from tests.launcher.conftest import LIMIT, READY, ROOT, Launch, gone, until
 
 AB = [Host("a", 2), Host("b", 3)]
@@ -90,8 +92,11 @@ def test_another_host_is_started_by_ssh(capsys: pytest.CaptureFixture[str], monk
     for name, value in {"CCL_LOG_LEVEL": "info", "HF_TOKEN": "secret", "TOKENS": "a b"}.items():
         monkeypatch.setenv(name, value)
     lines = dry_run(capsys, "--hosts", "localhost:2,far:1", "-x", "TOKENS", "--env", "C=d", "--master-port", "29411")
-    assert [line for line in lines if line.startswith("#")] == ["# host localhost", "# host far"]
-    near, far = (shlex.split(line) for line in lines if not line.startswith("#"))
+    assert [line for line in lines if line.startswith("# host ")] == ["# host localhost", "# host far"]
+    # Under this host's launcher stands what it starts, each rank with its place and variables.
+    near, *ranks, far = (shlex.split(line) for line in lines if not line.startswith("#"))
+    assert [word for words in ranks for word in words if word.startswith("RANK=")] == ["RANK=0", "RANK=1"]
+    assert [line.partition(": ")[0] for line in lines if line.startswith("# rank ")] == ["# rank 0", "# rank 1"]
     assert far[0] == "ssh"
     assert far[-2] == "far"
     shell = shlex.split(far[-1])
@@ -105,6 +110,16 @@ def test_another_host_is_started_by_ssh(capsys: pytest.CaptureFixture[str], monk
         assert own[-7:] == ["--env", "TOKENS=a b", "--env", "C=d", "-m", "mod", "x y"]
         assert own[own.index("--master-addr") + 1] == os.uname().nodename
         assert own[own.index("--master-port") + 1] == "29411"
+
+
+def test_mpiruns_plan_has_the_ranks_of_all_hosts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RUNNERS, "mpirun", lambda: MpirunRunner("/bin/mpirun", "intel"))
+    lines = dry_run(capsys, "--style", "mpirun", "--hosts", "a:1,b:2", "--bind", "none")
+    assert lines[0].startswith("# style mpirun, 3 ranks on 2 hosts, each taken to be like this one, bind none, ")
+    assert [text.partition(",")[0] for text in lines if text.startswith("# rank ")] == [
+        "# rank 0: host a", "# rank 1: host b", "# rank 2: host b"]  # fmt: skip
 
 
 NNODES = ["--nnodes", "2", "--master-addr", "10.0.0.1", "--master-port", "29411"]
