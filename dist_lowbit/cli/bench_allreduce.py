@@ -1,19 +1,29 @@
-"""dist-lowbit bench allreduce."""
+"""dist-lowbit bench allreduce.
+
+The launcher starts the ranks: under mpirun where mpi is measured, else locally. Rank 0 writes the lines to a file,
+which this process reads when the ranks have ended.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dist_lowbit.core.errors import UsageError
+from dist_lowbit.core.errors import DistLowbitError, UsageError
 
 if TYPE_CHECKING:
-    from dist_lowbit.bench.allreduce import Line
+    from dist_lowbit.bench.allreduce import Line, Sweep
+
+DEADLINE = 1800.0  # seconds for all sizes of one number of ranks
 
 
 def allreduce(
@@ -29,9 +39,7 @@ def allreduce(
         BACKENDS,
         DTYPES,
         Sweep,
-        can_use_mpi,
         check_elements,
-        run,
         sizes,
         without_mpi,
     )
@@ -80,3 +88,41 @@ def print_table(lines: Iterable[Line]) -> None:
             f"{line.bus_gbps:.2f}",
         )
     Console().print(table)
+
+
+def can_use_mpi() -> str | None:
+    """Return why mpi cannot be measured here, or None."""
+    from dist_lowbit.comm.mpi import MpiGroup
+    from dist_lowbit.core.rank import RankInfo
+    from dist_lowbit.launcher.runners import RUNNERS
+
+    reason = MpiGroup.why_not(RankInfo(0, 2, 0, 2, "127.0.0.1", 1, "bench"))
+    if reason is not None and "not installed" in reason:
+        return reason
+    return RUNNERS["mpirun"]().why_not()
+
+
+def run(sweep: Sweep) -> Iterator[Line]:
+    """Start the ranks for each of their numbers and yield the lines; raise DistLowbitError if they fail."""
+    for count in sweep.ranks:
+        with tempfile.TemporaryDirectory(prefix="dist_lowbit-bench-") as folder:
+            yield from _run_ranks(sweep, count, Path(folder) / "lines")
+
+
+def _run_ranks(sweep: Sweep, count: int, out: Path) -> list[Line]:
+    from dist_lowbit.bench.allreduce import Line
+
+    style = "mpirun" if "mpi" in sweep.backends else "local"
+    request = json.dumps({**dataclasses.asdict(sweep), "out": str(out)})
+    launcher = [sys.executable, "-m", "dist_lowbit.launcher", "-n", str(count), "--style", style]
+    command = [*launcher, "-m", "dist_lowbit.bench.allreduce_rank", request]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr)
+    try:
+        code = process.wait(DEADLINE)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if code:
+        raise DistLowbitError(f"{count} ranks that were to measure all-reduces ended with exit code {code}; see above")
+    return [Line(**json.loads(line)) for line in out.read_text().splitlines()]

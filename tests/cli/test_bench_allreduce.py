@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dist_lowbit.bench.allreduce import Sweep, run, size, sizes, without_mpi
+from dist_lowbit.bench.allreduce import Sweep, size, sizes, without_mpi
+from dist_lowbit.cli.bench_allreduce import run
 from dist_lowbit.core.errors import UsageError
 from tests.cli.command_line import Cli
 from tests.comm.conftest import require
