@@ -291,7 +291,9 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(
+    "failure", [pytest.param(name, marks=[pytest.mark.slow] * (index > 0)) for index, name in enumerate(FAILURES)]
+)
 @pytest.mark.parametrize("style", STYLES)
 def test_the_failure_of_each_style_is_passed_on(launch: Launch, style: str, failure: str) -> None:
     skip_without(style)
