@@ -15,7 +15,6 @@ from dist_lowbit.decoder.native import NativeDecoder
 from dist_lowbit.decoder.program import Program
 from dist_lowbit.decoder.step import Executor
 from dist_lowbit.decoder.torch_decoder import TorchDecoder
-from dist_lowbit.ops import usable_device
 
 from .bare import BareForCausalLM
 from .mode import Mode
@@ -29,7 +28,7 @@ def choose_executor(program: Program, mode: Mode) -> Executor:
 
     A UsageError has every reason where none does. Falling back from the compiled one is said, where it could be there.
     """
-    kind = usable_device(mode.device).type
+    kind = mode.device_type
     names = list(_EXECUTORS) if mode.decoder == "auto" else [mode.decoder]
     reasons: list[str] = []
     for name in names:
@@ -54,7 +53,7 @@ def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> N
     try:
         program = build_program(model, target.family, target.plan, group)
     except PlanError as error:
-        if mode.decoder != "auto" or needed is not None or not _on_cpu(mode):
+        if mode.decoder != "auto" or needed is not None or mode.device_type != "cpu":
             raise
         logger.warning("Hugging Face's forward runs this model, slower than the decoder: %s", error)
         return
@@ -63,7 +62,7 @@ def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> N
     executor = choose_executor(program, mode)
     original = model.get_submodule(target.family.names.base)
     setattr(model.get_submodule(parent), leaf, FusedBackbone(original, executor, mode.cache_name, needed))
-    if not _on_cpu(mode):
+    if mode.device_type != "cpu":
         # The rest of the model, for its head, for generate() and for what Hugging Face's forward still does.
         model.get_submodule(
             f"{target.family.names.base}.{target.family.names.embed}"
@@ -73,7 +72,7 @@ def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> N
 
 def check_group(group: Group, mode: Mode) -> None:
     """Refuse a group that does not add tensors where they are to be."""
-    kind = usable_device(mode.device).type
+    kind = mode.device_type
     if group.size > 1 and kind not in group.device_types:
         raise UsageError(
             f"device is {mode.device!r}, and the group {group.name} adds tensors on {', '.join(group.device_types)} "
@@ -95,15 +94,11 @@ def require_decoder(model: nn.Module, target: Target, mode: Mode) -> None:
         )
     if target.family is None and kind is not None and mode.optimize_llm:
         logger.warning("%s is no known family: Hugging Face's forward runs it, over low-bit Linears", kind)
-    if target.family is None and not _on_cpu(mode):
+    if target.family is None and mode.device_type != "cpu":
         raise UsageError(
             f"device is {mode.device!r}, where models of known families run alone, and {type(model).__name__} is of "
             "none; leave device out"
         )
-
-
-def _on_cpu(mode: Mode) -> bool:
-    return usable_device(mode.device).type == "cpu"
 
 
 def _no_fallback(model: nn.Module, target: Target) -> str | None:

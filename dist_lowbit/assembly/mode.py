@@ -33,7 +33,7 @@ class Mode:
     def __post_init__(self) -> None:
         for name in CHOICES:
             check_choice(name, name, getattr(self, name))
-        if usable_device(self.device).type != "cpu" and self.decoder not in ("auto", "torch"):
+        if self.device_type != "cpu" and self.decoder not in ("auto", "torch"):
             what = "the compiled decoder" if self.decoder == "native" else "Hugging Face's forward over low-bit Linears"
             raise UsageError(
                 f"device is {self.device!r}, and {what} runs on the cpu; choose decoder='torch' (and optimize_llm), or "
@@ -44,6 +44,11 @@ class Mode:
     def optimize_llm(self) -> bool:
         """Return whether the project's own steps are used."""
         return self.decoder != "off"
+
+    @property
+    def device_type(self) -> str:
+        """Return the kind of device: cpu, cuda or xpu; a UsageError where torch lacks the device."""
+        return usable_device(self.device).type
 
     @property
     def cache_name(self) -> str:

@@ -66,7 +66,7 @@ class NativeDecoder:
         self._handle = handle
         self._free = weakref.finalize(self, library.dlb_decoder_destroy, handle)
         self._angles: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(program.ropes)
-        self._store: tuple[weakref.ref[KvStore], list[int], CStep, list[object]] | None = None
+        self._store: tuple[weakref.ref[KvStore], CStep, list[object]] | None = None
 
     @staticmethod
     def why_not(program: Program, store_dtype: str, device: str) -> str | None:
@@ -130,10 +130,9 @@ class NativeDecoder:
 
     def _of_store(self, store: KvStore) -> tuple[CStep, list[object]]:
         """Return a struct that points to the store, made once for each store, and what it points through."""
+        if self._store is not None and self._store[0]() is store:  # whose tensors stay where they are
+            return self._store[1], self._store[2]
         tensors = (store.keys, store.values, store.key_scales, store.value_scales)
-        places = [tensor.data_ptr() for kind in tensors for tensor in kind]
-        if self._store is not None and self._store[0]() is store and self._store[1] == places:
-            return self._store[2], self._store[3]
         c = CStep(blocks=store.blocks, block_slots=BLOCK_SLOTS, kv_type=_KV_TYPES[store.dtype])
         alive: list[object] = []
         for name, kind in zip(("keys", "values", "key_scales", "value_scales"), tensors, strict=True):
@@ -141,7 +140,7 @@ class NativeDecoder:
                 pointers = (ctypes.c_void_p * len(kind))(*(tensor.data_ptr() or None for tensor in kind))
                 alive.append(pointers)
                 setattr(c, name, ctypes.addressof(pointers))
-        self._store = (weakref.ref(store), places, c, alive)
+        self._store = (weakref.ref(store), c, alive)
         return c, alive
 
     def _ropes(self, step: Step) -> tuple[ctypes.Array[CRopeTable], list[torch.Tensor]]:

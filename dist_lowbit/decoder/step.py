@@ -24,6 +24,7 @@ class KvStore:
     keys[l], values[l]: [blocks, local kv heads, BLOCK_SLOTS, head_dim] in the cache's dtype. int8: one fp16 scale per
     token and head in key_scales[l], value_scales[l] [blocks, kv heads, BLOCK_SLOTS], number = code * scale, scale =
     max|x| / 127 rounded to fp16, codes rounded to nearest even; else empty lists. Keys are stored after rope.
+    memory: what holds all of them; they stay where they are as long as the store lives.
     """
 
     dtype: str
