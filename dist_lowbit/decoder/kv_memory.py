@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from dist_lowbit.core.pages import huge_pages
 
 _ALIGNMENT = 4096
 
@@ -35,9 +36,7 @@ class KvMemory:
         for size in sizes:
             self._places.append((at, size))
             at += -(-size // _ALIGNMENT) * _ALIGNMENT
-        self._room = mmap.mmap(-1, at, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages: the advice is all that is lost
-            self._room.madvise(mmap.MADV_HUGEPAGE)
+        self._room = huge_pages(at)
         whole = torch.frombuffer(self._room, dtype=torch.uint8)
         self.tensors = [
             whole[first : first + size].view(dtype).view(shape)

@@ -14,6 +14,7 @@ from dist_lowbit.formats.packed import part_layout
 from .codebooks import bad_codes, float_element, integer_table
 from .library import CLinearParts, CLinearSpec, library
 from .spec import LinearSpec, mismatch
+from .weight_memory import weight_memory
 
 _AFFINE, _TABLE, _ELEMENT = range(3)  # enum dlb_codec
 _OFFSETS = {"none": 0, "min": 1, "zero_point": 2}
@@ -94,7 +95,7 @@ class Compiled:
         bad = bad_codes(weight.format)
         if bad and bool(torch.isin(weight.codes(), torch.tensor(bad, dtype=torch.uint8)).any()):
             raise KernelError(f"a {weight.format.name} weight {weight.shape} holds NaN or infinity")
-        opaque = torch.empty(lib.dlb_linear_packed_bytes(ctypes.byref(c_spec)), dtype=torch.uint8)
+        opaque = weight_memory.empty(lib.dlb_linear_packed_bytes(ctypes.byref(c_spec)))
         parts, alive = _parts(weight)
         _check(lib.dlb_linear_prepack(ctypes.byref(c_spec), ctypes.byref(parts), opaque.data_ptr()), "prepack")
         del alive

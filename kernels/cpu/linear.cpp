@@ -24,7 +24,8 @@
 namespace dlb {
 namespace {
 
-constexpr int64_t kPanelsBytes = 128 << 10;      // weights that a thread takes at a time when M is small
+constexpr int64_t kPanelsBytes = 32 << 10;       // weights of a task when M is small
+constexpr int64_t kTasksTogether = 4;            // tasks that a thread takes at a time, but for the last
 constexpr int64_t kActivationBytes = 256 << 10;  // activations that stay in a core's L2 cache while weights pass
 constexpr int64_t kSerialWork = 1 << 16;         // multiplications below which waking others costs more than it saves
 constexpr int64_t kSliceBytes = 8 << 20;         // scratch of a call, about
@@ -150,7 +151,7 @@ void run_jobs(Job* jobs, int64_t count) {
             run_task(kernels, jobs[low], task - jobs[low].first_task);
         }
     };
-    parallel(tasks, work < kSerialWork ? tasks : 1, body);
+    parallel(tasks, work < kSerialWork ? tasks : kTasksTogether, body, Deal::kStreams);
 }
 
 int64_t slice_rows(int64_t m, int64_t bytes_per_row) {
@@ -184,7 +185,7 @@ DLB_API int dlb_linear_run(const void* packed, int64_t bytes, const float* x, in
 DLB_API uint64_t dlb_read_all(const void* data, int64_t bytes) {
     const dlb::KernelTable& table = dlb::active_table();
     const uint8_t* first = static_cast<const uint8_t*>(data);
-    constexpr int64_t kPiece = 128 << 10;  // so that no thread is left waiting for another's last piece
+    constexpr int64_t kPiece = 32 << 10;  // so that no thread is left waiting for another's last piece
     uint64_t total = 0;
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -193,6 +194,6 @@ DLB_API uint64_t dlb_read_all(const void* data, int64_t bytes) {
             __atomic_fetch_add(&total, sum, __ATOMIC_RELAXED);
         }
     };
-    dlb::parallel(dlb::ceil_div(bytes, kPiece), 1, body);
+    dlb::parallel(dlb::ceil_div(bytes, kPiece), 4, body, dlb::Deal::kStreams);
     return total;
 }

@@ -1,6 +1,5 @@
 // Canonical parts to panels and back (layout.h). Both directions are exact and work panel by panel on the pool.
 #include <stddef.h>
-#include <sys/mman.h>
 
 #include "layout.h"
 #include "threadpool.h"
@@ -177,14 +176,6 @@ bool parts_given(const dlb_linear_spec& s, const dlb_linear_parts& parts) {
            (!groups || parts.scale != nullptr) && (!groups || s.offset == DLB_OFFSET_NONE || parts.offset != nullptr);
 }
 
-// Weights are read front to back at full speed: huge pages spare the page walks. Advice only, so errors are no matter.
-void advise_huge_pages(void* data, int64_t bytes) {
-    const uintptr_t huge = uintptr_t{1} << 21;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + huge - 1) & ~(huge - 1);
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(huge - 1);
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-}
-
 }  // namespace
 }  // namespace dlb
 
@@ -198,7 +189,6 @@ DLB_API int64_t dlb_linear_packed_bytes(const dlb_linear_spec* spec) {
 DLB_API int dlb_linear_prepack(const dlb_linear_spec* spec, const dlb_linear_parts* parts, void* packed) {
     const int64_t bytes = dlb_linear_packed_bytes(spec);
     if (bytes < 0 || !dlb::parts_given(*spec, *parts)) return DLB_BAD_SPEC;
-    dlb::advise_huge_pages(packed, bytes);
     memset(packed, 0, dlb::kHeaderBytes);
     dlb::PackedHeader header;
     memset(&header, 0, sizeof header);

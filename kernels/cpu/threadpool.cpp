@@ -1,5 +1,5 @@
-// Spin-then-park workers that take pieces of a loop from one counter, so nobody waits for a ragged tail and a worker
-// that is not scheduled in time holds nobody up: it finds the loop closed and goes back to sleep.
+// Spin-then-park workers that take pieces of a loop from counters, so nobody waits for a ragged tail and a worker that
+// is not scheduled in time holds nobody up: it finds the loop closed and goes back to sleep.
 #include "threadpool.h"
 
 #include <limits.h>
@@ -52,12 +52,18 @@ bool spin(const Changed& changed) {
     return false;
 }
 
+// A part of a loop from which threads take pieces, on a line of its own.
+struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+};
+
 struct Pool {
     // The loop in progress: written by its caller while `epoch` is even and `inside` is 0.
     TaskFn fn;
     void* context;
-    int64_t count, grain;
-    alignas(64) std::atomic<int64_t> next;
+    int64_t grain;
+    Deal deal;
     alignas(64) std::atomic<uint32_t> epoch;     // odd while a loop is open
     alignas(64) std::atomic<uint32_t> inside;    // workers that may be reading the loop
     alignas(64) std::atomic<uint32_t> sleepers;  // workers in futex_wait on epoch
@@ -69,6 +75,7 @@ struct Pool {
     int cpus[kMaxThreads];
     bool pinned;
     pthread_t workers[kMaxThreads];
+    Range ranges[kMaxThreads];  // one of each thread, or one of all
 };
 
 Pool pool;  // zero-initialized, never destroyed: workers may outlive main
@@ -81,31 +88,50 @@ struct DefaultRounding {
     ~DefaultRounding() { __builtin_ia32_ldmxcsr(saved); }
 };
 
-void run_pieces() {
+// Run pieces of a range that `sharers` take from, until it is empty: smaller ones towards its end, so that all threads
+// come to it at once.
+void run_range(Range* range, int sharers) {
+    const int64_t grain = pool.grain, end = range->end;
+    int64_t begin = range->next.load(std::memory_order_relaxed);
+    while (begin < end) {
+        const int64_t share = (end - begin) / (2 * sharers) + 1, size = share < grain ? share : grain;
+        if (!range->next.compare_exchange_weak(begin, begin + size, std::memory_order_relaxed)) continue;
+        pool.fn(pool.context, begin, begin + size);
+        begin = range->next.load(std::memory_order_relaxed);
+    }
+}
+
+void run_pieces(int thread) {
     const DefaultRounding rounding;
-    const int64_t count = pool.count, grain = pool.grain;
-    for (;;) {
-        const int64_t begin = pool.next.fetch_add(grain, std::memory_order_relaxed);
-        if (begin >= count) return;
-        pool.fn(pool.context, begin, begin + grain < count ? begin + grain : count);
+    const int threads = pool.threads;
+    if (pool.deal == Deal::kInOrder) return run_range(&pool.ranges[0], threads);
+    for (int i = 0; i < threads; ++i) run_range(&pool.ranges[(thread + i) % threads], 1);
+}
+
+void cut_ranges(int64_t count) {
+    const int ranges = pool.deal == Deal::kInOrder ? 1 : pool.threads;
+    for (int i = 0; i < ranges; ++i) {
+        pool.ranges[i].next.store(count * i / ranges, std::memory_order_relaxed);
+        pool.ranges[i].end = count * (i + 1) / ranges;
     }
 }
 
 // Enter the loop of epoch `seen` if it is still open. `inside` is raised before the second look at the epoch, and the
 // caller closes the epoch before it looks at `inside`; both are sequentially consistent, so one of them sees the other.
-void join_loop(uint32_t seen) {
+void join_loop(uint32_t seen, int thread) {
     pool.inside.fetch_add(1);
-    if (pool.epoch.load() == seen) run_pieces();
+    if (pool.epoch.load() == seen) run_pieces(thread);
     if (pool.inside.fetch_sub(1) == 1 && pool.caller_waits.load()) futex_wake_all(&pool.inside);
 }
 
-void* worker_main(void*) {
+void* worker_main(void* index) {
+    const int thread = static_cast<int>(reinterpret_cast<intptr_t>(index));
     in_worker = true;
     uint32_t done = 0;  // the last epoch taken part in
     while (!pool.stop.load()) {
         uint32_t seen = pool.epoch.load(std::memory_order_acquire);
         if ((seen & 1) && seen != done) {
-            join_loop(seen);
+            join_loop(seen, thread);
             done = seen;
             continue;
         }
@@ -132,7 +158,8 @@ void start_workers() {
     pool.stop.store(false);
     while (pool.started < pool.threads - 1) {
         pthread_t& thread = pool.workers[pool.started];
-        if (pthread_create(&thread, nullptr, worker_main, nullptr) != 0) break;
+        void* index = reinterpret_cast<void*>(static_cast<intptr_t>(pool.started + 1));
+        if (pthread_create(&thread, nullptr, worker_main, index) != 0) break;
         ++pool.started;
         if (pool.pinned) pin(thread, pool.cpus[pool.started]);
     }
@@ -183,7 +210,7 @@ void wait_for_workers() {
 
 int thread_count() { return pool.threads > 1 ? pool.threads : 1; }
 
-void parallel_for(int64_t count, int64_t grain, TaskFn fn, void* context) {
+void parallel_for(int64_t count, int64_t grain, TaskFn fn, void* context, Deal deal) {
     if (count <= 0) return;
     if (grain < 1) grain = 1;
     if (pool.threads <= 1 || count <= grain || in_worker || pool.busy.exchange(true)) {
@@ -195,12 +222,12 @@ void parallel_for(int64_t count, int64_t grain, TaskFn fn, void* context) {
     if (pool.pinned) step_aside();
     pool.fn = fn;
     pool.context = context;
-    pool.count = count;
     pool.grain = grain;
-    pool.next.store(0);
+    pool.deal = deal;
+    cut_ranges(count);
     pool.epoch.fetch_add(1);
     if (pool.sleepers.load()) futex_wake_all(&pool.epoch);
-    run_pieces();
+    run_pieces(0);
     pool.epoch.fetch_add(1);
     wait_for_workers();
     pool.busy.store(false);
