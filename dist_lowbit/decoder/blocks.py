@@ -82,10 +82,10 @@ class BlockTables:
         table[index] = new
 
     def _reserve(self, blocks: int) -> None:
-        """Let so many blocks be free, growing once: all keys are copied."""
+        """Let so many blocks be free, growing by half at least and at most once: all keys are copied."""
         missing, have = blocks - len(self._free), self.store.blocks
         if missing > 0:
-            want = max(FIRST_BLOCKS, have + have // 2, have + missing)
+            want = max(FIRST_BLOCKS, (have + missing) * 3 // 2)  # a prompt is followed by more
             self.store = self.store.grown(want)
             self._users += [0] * (want - have)
             self._free = list(range(want - 1, have - 1, -1)) + self._free

@@ -14,13 +14,14 @@ from dist_lowbit.ops import library as compiled_library
 
 from .native_program import Structs, why_not
 from .native_structs import CRopeTable, CStep, CTimes, declare
-from .program import Program
+from .program import Program, Rope
 from .rope import rope_table
 from .step import BLOCK_SLOTS, KvStore, Step
 
 _KV_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}  # kernels/cpu/float_kernels.h
 _FAULT = -16
 _NO_MEMORY = -3
+_POSITION = -21
 _FIRST_POSITIONS = 512
 
 
@@ -66,7 +67,15 @@ class NativeDecoder:
         self._handle = handle
         self._free = weakref.finalize(self, library.dlb_decoder_destroy, handle)
         self._angles: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(program.ropes)
-        self._store: tuple[weakref.ref[KvStore], CStep, list[object]] | None = None
+        self._ropes = (CRopeTable * max(1, len(program.ropes)))()
+        self._by_length = any(rope.dynamic is not None for rope in program.ropes)
+        bare = program.hidden if program.final_project is None else program.final_project.out_features
+        self._widths = {True: program.vocab, False: bare}
+        # What the library reads of the last step and of its store, and what these point to.
+        self._c = CStep()
+        self._given: list[torch.Tensor] = []
+        self._last: weakref.ref[Step] | None = None
+        self._store: tuple[weakref.ref[KvStore], list[object]] | None = None
 
     @staticmethod
     def why_not(program: Program, store_dtype: str, device: str) -> str | None:
@@ -87,27 +96,13 @@ class NativeDecoder:
         """
         if not self._free.alive:
             raise UsageError("this decoder is closed")
-        program = self.program
-        width = program.vocab if logits else program.hidden
-        if not logits and program.final_project is not None:
-            width = program.final_project.out_features
-        out = torch.empty(step.wanted.numel(), width, device="cpu")
-        c, alive = self._of_store(step.store)
-        self._check_shapes(step)
-        given = [_whole(t, torch.int32) for t in (step.positions, step.row_begin, step.lengths, step.table)]
-        given.append(_whole(step.wanted, torch.int64))
-        c.positions, c.row_begin, c.lengths, c.table, c.wanted = (t.data_ptr() for t in given)
-        ids = None if step.ids is None or step.embeds is not None else _whole(step.ids, torch.int32)
-        embeds = None if step.embeds is None else _whole(step.embeds, torch.float32)
-        c.ids = None if ids is None else ids.data_ptr()
-        c.embeds = None if embeds is None else embeds.data_ptr()
-        c.rows, c.sequences, c.wanted_count = step.positions.numel(), step.lengths.numel(), out.shape[0]
-        c.table_stride = step.table.shape[1]
-        ropes, angles = self._ropes(step)
-        c.ropes = ctypes.addressof(ropes)
+        c = self._filled(step)
+        width = self._widths[logits]
+        out = torch.empty(c.wanted_count, width, device="cpu")
         c.logits, c.out, c.out_stride = int(logits), out.data_ptr(), width
         status = self._library.dlb_decoder_step(self._handle, ctypes.byref(c))
-        del alive, angles  # until here the library read them
+        if status == _POSITION and self._more_angles(step):
+            status = self._library.dlb_decoder_step(self._handle, ctypes.byref(c))
         if status != 0:
             self._raise(status, step)
         return out
@@ -128,10 +123,36 @@ class NativeDecoder:
         """Free what the library holds; the program stays. May be called twice."""
         self._free()
 
-    def _of_store(self, store: KvStore) -> tuple[CStep, list[object]]:
-        """Return a struct that points to the store, made once for each store, and what it points through."""
+    def _filled(self, step: Step) -> CStep:
+        """Return the struct of a step; of the one before again, whose tensors have other contents now, as it is."""
+        if self._last is not None and self._last() is step:
+            return self._c
+        self._check_shapes(step)
+        c = self._of_store(step.store)
+        given = [_whole(t, torch.int32) for t in (step.positions, step.row_begin, step.lengths, step.table)]
+        given.append(_whole(step.wanted, torch.int64))
+        c.positions, c.row_begin, c.lengths, c.table, c.wanted = (t.data_ptr() for t in given)
+        read = [step.positions, step.row_begin, step.lengths, step.table, step.wanted]
+        c.ids = c.embeds = None
+        if step.embeds is not None:
+            given.append(_whole(step.embeds, torch.float32))
+            c.embeds = given[-1].data_ptr()
+        elif step.ids is not None:
+            given.append(_whole(step.ids, torch.int32))
+            read.append(step.ids)
+            c.ids = given[-1].data_ptr()
+        c.rows, c.sequences, c.wanted_count = step.positions.numel(), step.lengths.numel(), step.wanted.numel()
+        c.table_stride = step.table.shape[1]
+        self._fill_ropes(step)
+        self._c, self._given = c, given
+        same = len(read) == len(given) and all(mine is theirs for mine, theirs in zip(given, read, strict=True))
+        self._last = weakref.ref(step) if same and not self._by_length else None
+        return c
+
+    def _of_store(self, store: KvStore) -> CStep:
+        """Return a struct that points to the store, made once for each store."""
         if self._store is not None and self._store[0]() is store:  # whose tensors stay where they are
-            return self._store[1], self._store[2]
+            return self._c
         tensors = (store.keys, store.values, store.key_scales, store.value_scales)
         c = CStep(blocks=store.blocks, block_slots=BLOCK_SLOTS, kv_type=_KV_TYPES[store.dtype])
         alive: list[object] = []
@@ -140,28 +161,33 @@ class NativeDecoder:
                 pointers = (ctypes.c_void_p * len(kind))(*(tensor.data_ptr() or None for tensor in kind))
                 alive.append(pointers)
                 setattr(c, name, ctypes.addressof(pointers))
-        self._store = (weakref.ref(store), c, alive)
-        return c, alive
+        c.ropes = ctypes.addressof(self._ropes)
+        self._c, self._store = c, (weakref.ref(store), alive)
+        return c
 
-    def _ropes(self, step: Step) -> tuple[ctypes.Array[CRopeTable], list[torch.Tensor]]:
-        """Return cos and sin for a step: of every position so far, or of its rows where they go by the length."""
-        tables = (CRopeTable * max(1, len(self.program.ropes)))()
-        alive: list[torch.Tensor] = []
-        highest = int(step.positions.max()) if step.positions.numel() and self.program.ropes else 0
+    def _fill_ropes(self, step: Step) -> None:
+        """Point to cos and sin for a step: of the positions seen so far, or of its rows where they go by the length."""
         for index, rope in enumerate(self.program.ropes):
             if rope.dynamic is not None:
-                cos, sin = rope_table(rope, step.positions, step.row_begin)
-            else:
-                known = self._angles[index]
-                if known is None or known[0].shape[0] <= highest:
-                    count = max(_FIRST_POSITIONS, 2 * (highest + 1))
-                    known = rope_table(rope, torch.arange(count, device="cpu"), torch.tensor([0, count], device="cpu"))
-                    self._angles[index] = known
-                cos, sin = known
-            alive += [cos.contiguous(), sin.contiguous()]
-            by_row = int(rope.dynamic is not None)
-            tables[index] = CRopeTable(alive[-2].data_ptr(), alive[-1].data_ptr(), cos.shape[0], by_row)
-        return tables, alive
+                self._set_angles(index, rope_table(rope, step.positions, step.row_begin))
+            elif self._angles[index] is None:
+                self._set_angles(index, _angles(rope, _FIRST_POSITIONS))
+
+    def _more_angles(self, step: Step) -> bool:
+        """Make the tables reach beyond a step's positions; False where they do, or cannot."""
+        highest, grown = int(step.positions.max()), False
+        for index, rope in enumerate(self.program.ropes):
+            known = self._angles[index]
+            if rope.dynamic is None and known is not None and known[0].shape[0] <= highest:
+                self._set_angles(index, _angles(rope, 2 * (highest + 1)))
+                grown = True
+        return grown
+
+    def _set_angles(self, index: int, angles: tuple[torch.Tensor, torch.Tensor]) -> None:
+        cos, sin = (each.contiguous() for each in angles)
+        self._angles[index] = cos, sin
+        by_row = int(self.program.ropes[index].dynamic is not None)
+        self._ropes[index] = CRopeTable(cos.data_ptr(), sin.data_ptr(), cos.shape[0], by_row)
 
     def _check_shapes(self, step: Step) -> None:
         """Refuse what the library cannot see: tensors of other sizes than the step says."""
@@ -192,14 +218,20 @@ class NativeDecoder:
             -18: f"lengths are {step.lengths.tolist()}; expected each from its rows to {step.table.shape[1]} blocks",
             -19: f"the table names a block beyond the {step.store.blocks} of the store",
             -20: f"token ids run from {_ends(step.ids)}; expected 0 to {limit - 1}",
-            -21: f"positions run from {_ends(step.positions)}; the model has no place for one of them",
+            _POSITION: f"positions run from {_ends(step.positions)}; the model has no place for one of them",
             -22: f"wanted is {step.wanted.tolist()}; expected ascending rows below {step.positions.numel()}",
         }
         raise UsageError(f"the decoder refuses a step: {sentences.get(status, f'its parts do not fit ({status})')}")
 
 
 def _whole(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.detach().to(dtype).contiguous()
+    fits = tensor.dtype is dtype and tensor.is_contiguous()
+    return tensor if fits else tensor.detach().to(dtype).contiguous()
+
+
+def _angles(rope: Rope, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin of the first `count` positions."""
+    return rope_table(rope, torch.arange(count, device="cpu"), torch.tensor([0, count], device="cpu"))
 
 
 def _ends(tensor: torch.Tensor | None) -> str:
