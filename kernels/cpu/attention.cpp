@@ -109,6 +109,7 @@ void Attention::store_block(const AttentionBlock& block) const {
 
 // Each block by one thread, chunk after chunk.
 int Attention::run_blocks(bool store) {
+    const int64_t count = static_cast<int64_t>(blocks.size());
     std::atomic<bool> failed{false};
     auto body = [&](int64_t begin, int64_t end) {
         Scratch* own = scratch_of(*this);
@@ -119,14 +120,14 @@ int Attention::run_blocks(bool store) {
             if (store) store_block(block);
             BlockRun run(*this, block, scratch);
             run.start(scratch.total);
+            const ChunkOf after = i + 1 < count ? first_of(blocks[i + 1]) : ChunkOf{};
             for (int64_t c = block.chunk_begin; c < block.chunk_end; c++) {
-                run.chunk(c, scratch.part);
+                run.chunk(c, scratch.part, c + 1 < block.chunk_end ? ChunkOf{&block, c + 1} : after);
                 run.merge(scratch.total, scratch.part);
             }
             run.finish(scratch.total);
         }
     };
-    const int64_t count = static_cast<int64_t>(blocks.size());
     parallel(count, std::max<int64_t>(1, count / (8 * thread_count())), body);
     return failed.load() ? DLB_NO_MEMORY : DLB_OK;
 }
@@ -169,7 +170,8 @@ int Attention::run_chunks(bool store) {
             const AttentionBlock& block = blocks[b];
             if (store && items_[i].chunk == block.chunk_end - 1) store_block(block);
             BlockRun run(*this, block, scratch);
-            run.chunk(items_[i].chunk, part_of(i));
+            const AttentionItem* after = i + 1 < count ? &items_[i + 1] : nullptr;
+            run.chunk(items_[i].chunk, part_of(i), after ? ChunkOf{&blocks[after->block], after->chunk} : ChunkOf{});
             if (__atomic_sub_fetch(&left_[b], 1, __ATOMIC_ACQ_REL) != 0) continue;
             run.start(scratch.total);
             for (int64_t c = 0; c < block.chunk_end - block.chunk_begin; c++)

@@ -13,7 +13,7 @@
 namespace dlb {
 namespace {
 
-constexpr int64_t kAhead = 4 * kKeyTile;  // keys between those at work and those asked for
+constexpr int64_t kAhead = 6;  // tiles of keys or values between the one at work and the one asked for, in L1 still
 
 inline int64_t pad16(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t kv_bytes(int32_t kv_type) { return kv_type == DLB_KV_FP32 ? 4 : kv_type == DLB_KV_INT8 ? 1 : 2; }
@@ -64,6 +64,16 @@ Scratch* scratch_of(const Attention& plan) {
     return own.get();
 }
 
+// A chunk of a block; without a block, none.
+struct ChunkOf {
+    const AttentionBlock* block;
+    int64_t chunk;
+};
+
+inline ChunkOf first_of(const AttentionBlock& block) {
+    return block.chunk_begin < block.chunk_end ? ChunkOf{&block, block.chunk_begin} : ChunkOf{};
+}
+
 class BlockRun {
   public:
     BlockRun(const Attention& plan, const AttentionBlock& block, Scratch& scratch)
@@ -80,7 +90,8 @@ class BlockRun {
         }
     }
 
-    void chunk(int64_t c, const Gathered& part) {
+    // `next` is the chunk that this thread will probably take after this one: its first keys are asked for.
+    void chunk(int64_t c, const Gathered& part, const ChunkOf& next) {
         first_ = c * kKeyChunk - sequence_.start;
         int64_t lo = kKeyChunk, hi = 0;
         for (int64_t r = 0; r < block_.rows(); r++) {
@@ -90,6 +101,7 @@ class BlockRun {
             hi = std::max(hi, scratch_.hi[r]);
         }
         if (lo >= hi) return;
+        look_ahead(lo, hi, next);
         scores(lo, hi);
         for (int64_t r = 0; r < block_.rows(); r++)
             if (part.any[r]) softmax(r, part);
@@ -172,12 +184,16 @@ class BlockRun {
     }
 
     const char* slot(const void* base, const int64_t* stride, int64_t s) const {
-        int64_t at = block_.kv_head * stride[1];
+        return slot_of(block_, base, stride, s);
+    }
+
+    const char* slot_of(const AttentionBlock& block, const void* base, const int64_t* stride, int64_t s) const {
+        int64_t at = block.kv_head * stride[1];
         if (args_.block_table) {
-            const int32_t* table = args_.block_table + block_.batch * args_.block_table_stride;
+            const int32_t* table = args_.block_table + block.batch * args_.block_table_stride;
             at += table[s / args_.block_size] * stride[0] + s % args_.block_size * stride[2];
         } else {
-            at += block_.batch * stride[0] + s * stride[2];
+            at += block.batch * stride[0] + s * stride[2];
         }
         return static_cast<const char*>(base) + at * kv_bytes(args_.kv_type);
     }
@@ -225,22 +241,56 @@ class BlockRun {
         return args_.kv_type == DLB_KV_INT8 ? scales_at(scales, s) : nullptr;
     }
 
-    // Ask for a tile of keys or values from position j of the chunk on, into the L2 cache: blocks of a cache lie apart,
-    // where no prefetcher goes.
-    void ask_for(const void* base, const int64_t* stride, int64_t j, int64_t hi, int64_t width) const {
-        if (j >= hi || stride[2] != width) return;
-        const char* from = slot(base, stride, first_ + j);
-        const int64_t bytes = std::min(kKeyTile, hi - j) * width * kv_bytes(args_.kv_type);
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+    // A stretch of slots whose keys or values are asked for tile by tile: blocks of a cache lie apart, where no
+    // prefetcher goes.
+    struct Stretch {
+        const AttentionBlock* block;
+        const void* base;
+        const int64_t* stride;
+        int64_t begin, end, width;
+    };
+
+    // Inlined, because GCC 12 takes what does nothing but prefetch for a function without effect and drops its calls.
+    inline __attribute__((always_inline)) void ask_for(const Stretch& from, int64_t tile) const {
+        const int64_t s = from.begin + tile * kKeyTile;
+        if (s >= from.end || from.stride[2] != from.width) return;
+        const char* at = slot_of(*from.block, from.base, from.stride, s);
+        const int64_t bytes = std::min(kKeyTile, from.end - s) * from.width * kv_bytes(args_.kv_type);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+    }
+
+    // What is read from now on: this chunk's keys, its values, the next one's keys.
+    void look_ahead(int64_t lo, int64_t hi, const ChunkOf& next) {
+        tiles_ = (hi - lo + kKeyTile - 1) / kKeyTile;
+        keys_ = {&block_, args_.k, args_.k_stride, first_ + lo, first_ + hi, args_.head_dim};
+        values_ = {&block_, args_.v, args_.v_stride, first_ + lo, first_ + hi, args_.value_dim};
+        next_ = {nullptr, args_.k, args_.k_stride, 0, 0, args_.head_dim};
+        if (next.block != nullptr) {
+            const AttentionSequence& sequence = plan_.sequences[next.block->batch];
+            const int64_t first = next.chunk * kKeyChunk - sequence.start;
+            visible_slots(args_, sequence, next.block->row_begin, &next_.begin, &next_.end);
+            next_.begin = std::max(first, next_.begin);
+            next_.end = std::min(first + kKeyChunk, next_.end);
+            next_.block = next.block;
+        }
+        for (int64_t tile = -kAhead; tile < 0; tile++) ask_ahead(tile);
+    }
+
+    // While tile `at` is at work, counted over this chunk's keys and then its values.
+    inline __attribute__((always_inline)) void ask_ahead(int64_t at) const {
+        const int64_t tile = at + kAhead;
+        if (tile < tiles_)
+            ask_for(keys_, tile);
+        else if (tile < 2 * tiles_)
+            ask_for(values_, tile - tiles_);
+        else if (next_.block != nullptr)
+            ask_for(next_, tile - 2 * tiles_);
     }
 
     void scores(int64_t lo, int64_t hi) {
-        for (int64_t j = lo; j < std::min(lo + kAhead, hi); j += kKeyTile)
-            ask_for(args_.k, args_.k_stride, j, hi, args_.head_dim);
         for (int64_t j = lo; j < hi; j += kKeyTile) {
             const int64_t n = std::min(kKeyTile, hi - j);
-            ask_for(args_.k, args_.k_stride, j + kAhead, hi, args_.head_dim);
-            ask_for(args_.v, args_.v_stride, j, hi, args_.value_dim);
+            ask_ahead((j - lo) / kKeyTile);
             if (direct(first_ + j, n, args_.head_dim, plan_.dim)) {
                 kv_.scores_stored(scratch_.q, slot(args_.k, args_.k_stride, first_ + j), args_.kv_type,
                                   args_.k_stride[2], scales_or_null(call_.k_scale, first_ + j), static_cast<int>(n),
@@ -287,6 +337,7 @@ class BlockRun {
         std::fill_n(part.o, block_.rows() * width, 0.0f);
         for (int64_t j = lo; j < hi; j += kKeyTile) {
             const int64_t n = std::min(kKeyTile, hi - j);
+            ask_ahead(tiles_ + (j - lo) / kKeyTile);
             if (direct(first_ + j, n, args_.value_dim, width) && !scratch_.holes[0]) {
                 kv_.accumulate_stored(scratch_.s + j, slot(args_.v, args_.v_stride, first_ + j), args_.kv_type,
                                       args_.v_stride[2], scales_or_null(call_.v_scale, first_ + j), static_cast<int>(n),
@@ -330,6 +381,8 @@ class BlockRun {
     const AttentionSequence& sequence_;
     Scratch& scratch_;
     int64_t first_ = 0;  // slot of the current chunk's first position; may be negative
+    int64_t tiles_ = 0;  // of its keys
+    Stretch keys_, values_, next_;
 };
 
 }  // namespace
