@@ -274,6 +274,26 @@ void accumulate_of(const float* p, const void* base, int64_t stride, const uint1
     for (; d < dim; d += 16) accumulate_columns<type, 1>(p, v + d, stride, scales, keys, o + d);
 }
 
+template <int32_t type>
+void widen_of(const void* source, float* out, int64_t n) {
+    const typename Stored<type>::T* from = static_cast<const typename Stored<type>::T*>(source);
+    const V none = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, Stored<type>::load(from + i, none));
+    if (i == n) return;
+    typename Stored<type>::T tail[16] = {};
+    float wide[16];
+    memcpy(tail, from + i, static_cast<size_t>(n - i) * sizeof(tail[0]));
+    _mm512_storeu_ps(wide, Stored<type>::load(tail, none));
+    memcpy(out + i, wide, static_cast<size_t>(n - i) * sizeof(float));
+}
+
+void widen(const void* source, int32_t kv_type, float* out, int64_t n) {
+    if (kv_type == DLB_KV_FP32) return widen_of<DLB_KV_FP32>(source, out, n);
+    if (kv_type == DLB_KV_FP16) return widen_of<DLB_KV_FP16>(source, out, n);
+    widen_of<DLB_KV_BF16>(source, out, n);
+}
+
 #include "../generic/stored.h"
 
 }  // namespace
@@ -282,6 +302,7 @@ void fill_attention(KernelTable& table) {
     table.floats.scores = scores;
     table.floats.softmax = softmax;
     table.floats.accumulate = accumulate;
+    table.floats.widen = widen;
     table.kv.scores_stored = scores_stored;
     table.kv.accumulate_stored = accumulate_stored;
 }
