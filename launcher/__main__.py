@@ -7,6 +7,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -236,9 +237,23 @@ def _make_folder(path: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the launcher and return its exit code: the failed rank's, 128 + signal, or 2 for a bad request."""
+    """Run the launcher and return its exit code: the failed rank's, 128 + signal, or 2 for a bad request.
+
+    Where nobody reads what it prints it ends quietly, with the code of a tool that SIGPIPE has ended.
+    """
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        code = _answer(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where a reader that has left can still be answered for
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # for the interpreter's own last flush
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _answer(argv: Sequence[str]) -> int:
+    try:
+        return run(argv)
     except LaunchError as error:
         print(f"dist-lowbit run: {error}", file=sys.stderr)
         return error.exit_code

@@ -103,7 +103,8 @@ class Ours:
 
     def __init__(self, format: str, n: int, k: int, group_size: int | None, compute: str, total: int) -> None:
         row = lookup(format)
-        self.format, self.group_size, self.compute = row.name, check_group_size(row, group_size), compute
+        self.format, self.group_size = row.name, check_group_size(row, group_size)
+        self.compute = compute if ops.exact_codes(row) else "fp32"  # what is done, not what was asked for
         weight = random_weight(row, (n, k), self.group_size, generator(row.name, n, k, self.group_size))
         self.nbytes = weight.nbytes
         spec = ops.LinearSpec.of(weight, compute=compute)

@@ -13,6 +13,7 @@ from dist_lowbit.core.errors import UsageError
 
 from .bench import choice
 from .launch import check_settings, launch_ranks, started
+from .options import Bind, Device
 
 if TYPE_CHECKING:
     from dist_lowbit.bench.decode import Breakdown, Line
@@ -27,7 +28,7 @@ def decode(
     group_size: Annotated[int | None, typer.Option(help="Elements of K per scale; -1: a row. Default: 64.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each rank. Default: its cores.")] = None,
     tp: Annotated[int | None, typer.Option(help="Ranks to start and split the model over.")] = None,
-    bind: Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")] = "auto",
+    bind: Bind = "auto",
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 256,
     new: Annotated[int, typer.Option(help="Tokens to decode after each prompt.")] = 64,
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
@@ -36,7 +37,7 @@ def decode(
     kv_cache_dtype: Annotated[
         str | None, typer.Option(help="Of the decoder's cache: fp32, fp16 (the default, as llama.cpp's), bf16, int8.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
+    device: Device = "cpu",
     peer: Annotated[str | None, typer.Option(help="llama.cpp: also measure it, in turns (extra bench).")] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each way to run.")] = 3,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Say where each rank's time goes.")] = False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +12,21 @@ import typer
 from dist_lowbit.core.settings import settings
 from dist_lowbit.engine.sampling import Sampling, check_limit
 
-from .launch import CACHE_HELP, DECODER_HELP, check_choices, start_ranks
+from .launch import check_choices, start_ranks
+from .options import (
+    Bind,
+    CacheDtype,
+    Checkpoint,
+    Decoder,
+    Device,
+    Greedy,
+    Ranks,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from dist_lowbit.comm import Group
@@ -25,22 +38,22 @@ _KEEP_ALIVE_S = 5.0
 
 def chat(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(help="A low-bit checkpoint.")],
-    ranks: Annotated[
-        int | None, typer.Option("-n", help="Ranks to start. Default: those this process was started with, else one.")
-    ] = None,
+    directory: Checkpoint,
+    ranks: Ranks = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 256,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Flattens (above 1) or sharpens the distribution.")] = 0.8,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    bind: Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")] = "auto",
-    device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
-    decoder: Annotated[str | None, typer.Option(help=DECODER_HELP)] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help=CACHE_HELP)] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+    greedy: Greedy = False,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    bind: Bind = "auto",
+    device: Device = "cpu",
+    decoder: Decoder = None,
+    kv_cache_dtype: CacheDtype = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a model: one line is one turn, an empty line or end of input ends."""
-    sampling = Sampling(greedy, temperature, seed=seed)
+    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     check_limit(max_new_tokens)
     check_choices(decoder, kv_cache_dtype)
     code = start_ranks(directory, ranks, bind, context.obj, device)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .options import TrustRemoteCode
+
 
 def convert(
     model: Annotated[str, typer.Argument(help="A model directory, or a hub id.")],
@@ -21,7 +23,7 @@ def convert(
         list[str] | None, typer.Option(help="Keep these in high precision: part of a name, or a glob. Repeatable.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model into a low-bit checkpoint, tensor by tensor."""
     from dist_lowbit.assembly.hub import resolve

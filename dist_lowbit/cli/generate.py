@@ -6,14 +6,27 @@ import dataclasses
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dist_lowbit.engine.sampling import Sampling, check_limit
 
-from .launch import CACHE_HELP, DECODER_HELP, check_choices, start_ranks
+from .launch import check_choices, start_ranks
+from .options import (
+    Bind,
+    CacheDtype,
+    Checkpoint,
+    Decoder,
+    Device,
+    Greedy,
+    Ranks,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from dist_lowbit.engine.generate import Generation
@@ -21,23 +34,23 @@ if TYPE_CHECKING:
 
 def generate(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(help="A low-bit checkpoint.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
-    ranks: Annotated[
-        int | None, typer.Option("-n", help="Ranks to start. Default: those this process was started with, else one.")
+    directory: Checkpoint,
+    prompt: Annotated[
+        str | None, typer.Option(help="The text to go on from. Default: none, the model begins by itself.")
     ] = None,
+    ranks: Ranks = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 48,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Flattens (above 1) or sharpens the distribution.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from so many most likely tokens; 0 is off.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of so much probability.")] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    bind: Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")] = "auto",
+    greedy: Greedy = False,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    bind: Bind = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
-    device: Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")] = "cpu",
-    decoder: Annotated[str | None, typer.Option(help=DECODER_HELP)] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help=CACHE_HELP)] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+    device: Device = "cpu",
+    decoder: Decoder = None,
+    kv_cache_dtype: CacheDtype = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text from a prompt, and say how fast."""
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
@@ -58,13 +71,15 @@ def generate(
     with group:
         session = open_session(directory, group, trust_remote_code=trust_remote_code, mode=mode)
         leader = group.rank == 0
-        ids = encode(session, prompt)
+        ids = encode(session, prompt or "")
+        if leader and prompt is None:
+            print("no --prompt: starting from the model's beginning-of-text token", file=sys.stderr)
 
         def show(text: str) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-        waiting = [prompt]  # until the first token: warnings come before
+        waiting = [prompt or ""]  # until the first token: warnings come before
 
         def go_on(text: str) -> None:
             show(waiting.pop() + text if waiting else text)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .options import Checkpoint
+
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A low-bit checkpoint.")],
+    directory: Checkpoint,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and check it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -9,9 +9,6 @@ from pathlib import Path
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.settings import check_choice
 
-DECODER_HELP = "auto, native (compiled), torch, or off (Hugging Face's forward). Default: DIST_LOWBIT_DECODER."
-CACHE_HELP = "Of the decoder's cache: auto, fp32, fp16, bf16, int8. Default: DIST_LOWBIT_KV_CACHE_DTYPE."
-
 
 def check_choices(decoder: str | None, kv_cache_dtype: str | None) -> None:
     """Refuse a decoder or a cache's dtype that there is none of, before anything is imported or started."""

@@ -12,6 +12,7 @@ from .devices import usable_device
 from .kernel import KERNELS, choose, kernel, place
 from .library import active_isa, isas, library, select_isa
 from .linear import linear
+from .reference import exact_codes
 from .spec import Kernel, LinearSpec, whole_cuts
 from .threads import ThreadPlan, limit_torch, plan_here
 
@@ -22,6 +23,7 @@ __all__ = [
     "ThreadPlan",
     "active_isa",
     "choose",
+    "exact_codes",
     "isas",
     "kernel",
     "library",

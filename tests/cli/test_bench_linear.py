@@ -55,6 +55,9 @@ def test_every_combination_gets_a_line() -> None:
         check(line)
     assert [(line.format, line.m) for line in lines] == [(name, m) for m in (1, 3) for name in list(FORMATS)[:12]]
     assert {(line.isa, line.peer, line.peer_isa) for line in lines} == {(before, None, None)}
+    elements = {"fp8_e4m3", "fp8_e5m2", "fp16", "bf16"}  # docs/numerics.md: these never round activations
+    assert {line.format for line in lines if line.compute == "fp32"} == elements
+    assert {line.compute for line in lines if line.format not in elements} == {"int8"}
 
 
 @pytest.mark.usefixtures("kernels")

@@ -134,6 +134,8 @@ MODELS: dict[str, tuple[Words, str]] = {
         r"top_p is 1\.5; expected more than 0 and at most 1",
     ),
     "top_k": (lambda p: ["generate", p.checkpoint, "--top-k", -1], r"top_k is -1; expected 0 \(off\) or more"),
+    "chat: top_k": (lambda p: ["chat", p.checkpoint, "--top-k", -1], r"top_k is -1; expected 0 \(off\) or more"),
+    "chat: top_p": (lambda p: ["chat", p.checkpoint, "--top-p", 0], r"top_p is 0\.0; expected more than 0 and at most"),
     "seed": (lambda p: ["generate", p.checkpoint, "--seed", 1 << 63], r"seed is 9223372036854775808; expected 0 to"),
     "decoder": (
         lambda p: ["generate", p.checkpoint, "--decoder", "fast"],

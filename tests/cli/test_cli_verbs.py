@@ -73,6 +73,17 @@ def test_generate_streams_the_prompt_the_text_and_the_timing(
         assert unit in done.out
 
 
+def test_generate_without_a_prompt_says_where_it_begins(checkpoint: Path, cli: Cli) -> None:
+    words = ("generate", checkpoint, "--greedy", "--max-new-tokens", 2)
+    silent = cli(*words)
+    assert silent.code == 0
+    assert silent.err == "no --prompt: starting from the model's beginning-of-text token\n"
+    asked = cli(*words, "--prompt", "")
+    assert (asked.code, asked.err) == (0, "")
+    assert "2 tokens after 1 of the prompt" in asked.out
+    assert asked.out.splitlines()[0] == silent.out.splitlines()[0]
+
+
 def test_sampling_is_repeatable_by_its_seed(checkpoint: Path, cli: Cli) -> None:
     words = ("generate", checkpoint, "--prompt", "-n 2", "--max-new-tokens", 12, "--temperature", 2, "--json")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
@@ -202,6 +203,14 @@ def test_much_output_for_a_slow_reader_is_complete(launch: Launch) -> None:
     out, _ = process.communicate(timeout=25)
     assert process.returncode == 0
     assert out.splitlines().count("[0] " + "x" * 99) == out.splitlines().count("[1] " + "x" * 99) == 40000
+
+
+def test_a_reader_that_leaves_before_a_dry_run_is_no_traceback(launch: Launch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = launch("--dry-run", "-n", "2", launch.script(""), stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_reader_that_leaves_ends_the_job(launch: Launch) -> None:

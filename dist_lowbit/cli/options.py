@@ -1,0 +1,30 @@
+"""Options that several verbs have, each written once: `temperature: Temperature = 0.8`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Checkpoint = Annotated[Path, typer.Argument(help="A low-bit checkpoint.")]
+Ranks = Annotated[
+    int | None, typer.Option("-n", help="Ranks to start. Default: those this process was started with, else one.")
+]
+Bind = Annotated[str, typer.Option(help="Bind ranks to: auto, none, core, numa, socket.")]
+Device = Annotated[str, typer.Option(help="Run on cpu, cuda or xpu, each rank on one.")]
+Decoder = Annotated[
+    str | None,
+    typer.Option(help="auto, native (compiled), torch, or off (Hugging Face's forward). Default: DIST_LOWBIT_DECODER."),
+]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(help="Of the decoder's cache: auto, fp32, fp16, bf16, int8. Default: DIST_LOWBIT_KV_CACHE_DTYPE."),
+]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model.")]
+
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")]
+Temperature = Annotated[float, typer.Option(help="Flattens (above 1) or sharpens the distribution.")]
+TopK = Annotated[int, typer.Option(help="Draw from so many most likely tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Draw from the most likely tokens of so much probability.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
