@@ -151,7 +151,8 @@ void run_jobs(Job* jobs, int64_t count) {
             run_task(kernels, jobs[low], task - jobs[low].first_task);
         }
     };
-    parallel(tasks, work < kSerialWork ? tasks : kTasksTogether, body, Deal::kStreams);
+    const int64_t together = std::min(kTasksTogether, std::max<int64_t>(1, tasks / (4 * thread_count())));
+    parallel(tasks, work < kSerialWork ? tasks : together, body, Deal::kStreams);
 }
 
 int64_t slice_rows(int64_t m, int64_t bytes_per_row) {
