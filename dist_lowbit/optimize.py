@@ -60,7 +60,9 @@ def optimize_model(
     return _optimize.optimize(model, recipe, group, switched(mode, optimize_llm))
 
 
-def load_low_bit(model: nn.Module, model_path: str | Path, *, group: Group | None = None, **kwargs: Any) -> nn.Module:
+def load_low_bit(
+    model: nn.Module, model_path: str | Path | None = None, *, group: Group | None = None, **kwargs: Any
+) -> nn.Module:
     """Load a directory of save_low_bit into a model of the same architecture, and return it.
 
     model: from low_memory_init, or loaded the ordinary way. group: the ranks to split over, whatever number of ranks

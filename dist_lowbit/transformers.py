@@ -18,8 +18,8 @@ from dist_lowbit.assembly.hf_quantizer import register
 from dist_lowbit.assembly.hub import resolve_together
 from dist_lowbit.assembly.load import load_low_bit
 from dist_lowbit.assembly.mode import switched
-from dist_lowbit.assembly.optimize import mode_options, read_options
-from dist_lowbit.assembly.paths import require_checkpoint
+from dist_lowbit.assembly.optimize import OPTIONS, mode_options, read_options
+from dist_lowbit.assembly.paths import require_checkpoint, require_path
 from dist_lowbit.assembly.ranks import join_ranks
 from dist_lowbit.assembly.skeleton import empty_model, read_config
 from dist_lowbit.assembly.source import from_source
@@ -31,6 +31,13 @@ from dist_lowbit.formats import cast_name, lookup
 from dist_lowbit.quantize import Recipe
 
 register()
+
+# Names that other calls and other libraries use for what these classes call otherwise.
+_OTHER_NAMES = {
+    "optimize_llm": "optimize_model",
+    "quantization_group_size": "group_size",
+    "load_in_8bit": "load_in_low_bit='sym_int8'",
+}
 
 
 class _LowBitAuto:
@@ -58,7 +65,8 @@ class _LowBitAuto:
         load_in_4bit: the same as load_in_low_bit="sym_int4". tensor_parallel: "auto" joins the ranks that this
         process was started with, a number also checks how many they are, a Group is used as it is, None is one
         rank; all ranks must call together. cpu_embedding: accepted; embeddings are on the CPU already. Without a
-        format, and with no ranks to split over, Hugging Face's own from_pretrained answers. Further keywords:
+        format, and with no ranks to split over, Hugging Face's own from_pretrained answers, and keywords that go with
+        a format are a UsageError. Further keywords:
         torch_dtype, group_size, compute, decoder, kv_cache_dtype, device (or device_map, of one device for all);
         optimize_model=False keeps Hugging Face's forward.
         """
@@ -67,8 +75,10 @@ class _LowBitAuto:
         low_bit = "sym_int4" if load_in_4bit else load_in_low_bit
         if low_bit is not None:
             lookup(low_bit)  # a wrong name is told before anything is read
+        name = require_path(pretrained_model_name_or_path, f"{cls.__name__}.from_pretrained", "a directory or hub id")
+        _refuse_other_names(kwargs, cls.__name__)
         group, local_rank = join_ranks(tensor_parallel, _renamed(kwargs).get("device"))
-        directory = resolve_together(str(pretrained_model_name_or_path), group, local_rank, revision)
+        directory = resolve_together(name, group, local_rank, revision)
         if is_checkpoint(directory):
             if low_bit is not None:
                 raise UsageError(
@@ -80,6 +90,8 @@ class _LowBitAuto:
                 )
             return cls._load(directory, group, optimize_model, trust_remote_code, kwargs)
         if low_bit is None and group.size == 1:
+            _refuse_ours(kwargs | {"modules_to_not_convert": modules_to_not_convert or None}, cls.__name__)
+            kwargs = {name: value for name, value in kwargs.items() if name not in _ONLY_OURS}
             kwargs |= {"trust_remote_code": trust_remote_code}
             model: nn.Module = cls.hf.from_pretrained(str(directory), **kwargs)
             return model
@@ -105,8 +117,10 @@ class _LowBitAuto:
         **kwargs: Any,
     ) -> nn.Module:
         """Load a directory written by save_low_bit or convert; anything else is a UsageError. See from_pretrained."""
+        name = require_path(pretrained_model_name_or_path, f"{cls.__name__}.load_low_bit", "a directory or hub id")
+        _refuse_other_names(kwargs, cls.__name__)
         group, local_rank = join_ranks(tensor_parallel, _renamed(kwargs).get("device"))
-        directory = resolve_together(str(pretrained_model_name_or_path), group, local_rank)
+        directory = resolve_together(name, group, local_rank)
         return cls._load(require_checkpoint(directory), group, optimize_model, trust_remote_code, kwargs)
 
     @classmethod
@@ -118,6 +132,26 @@ class _LowBitAuto:
             config = read_config(directory, trust_remote_code)
             model = empty_model(cls.hf, config, directory, trust_remote_code)
         return load_low_bit(model, directory, group=group, mode=switched(mode, optimize_llm))
+
+
+# What Hugging Face's own from_pretrained has no use for.
+_ONLY_OURS = (*(name for name in OPTIONS if name != "torch_dtype"), "modules_to_not_convert")
+
+
+def _refuse_other_names(kwargs: dict[str, Any], caller: str) -> None:
+    """Raise UsageError for a keyword that has another name here."""
+    for name in _OTHER_NAMES.keys() & kwargs.keys():
+        raise UsageError(f"{caller} has no argument {name!r}; write {_OTHER_NAMES[name]} instead")
+
+
+def _refuse_ours(kwargs: dict[str, Any], caller: str) -> None:
+    """Raise UsageError for keywords that mean nothing where Hugging Face's own from_pretrained answers."""
+    given = [name for name in _ONLY_OURS if kwargs.get(name) is not None]
+    if given:
+        raise UsageError(
+            f"{caller}.from_pretrained was given {given[0]}, which needs a low-bit format, and neither load_in_low_bit "
+            f"nor load_in_4bit says one; add load_in_low_bit='sym_int4' or the like, or leave {given[0]} out"
+        )
 
 
 def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from dist_lowbit.quantize import Recipe
 from .attach import attach
 from .build import build, other_tensors, state_of
 from .mode import Mode, mode_here
-from .paths import require_checkpoint
+from .paths import require_checkpoint, require_path
+from .ranks import require_group
 from .target import make_target
 from .together import together
 from .weights import CheckpointWeights
@@ -24,7 +25,7 @@ from .weights import CheckpointWeights
 
 def load_low_bit(
     model: nn.Module,
-    model_path: str | Path,
+    model_path: str | Path | None,
     *,
     group: Group | None = None,
     mode: Mode | None = None,
@@ -36,7 +37,13 @@ def load_low_bit(
     bytes only, and verifies their checksums: damage that any rank finds is a CheckpointError naming file and tensor, on
     all ranks. mode: how to run (None: as the settings say).
     """
-    path = require_checkpoint(model_path)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"load_low_bit takes a model and a directory, and the model is a {type(model).__name__}; make one under "
+            "low_memory_init(), or call dist_lowbit.transformers.AutoModelForCausalLM.load_low_bit(directory)"
+        )
+    group = require_group(group)
+    path = require_checkpoint(require_path(model_path, "load_low_bit", "a model and the directory to load into it"))
     if state_of(model) is not None:
         raise UsageError("this model is already low-bit; build a fresh one with low_memory_init to load into")
     group = group or SingleGroup()

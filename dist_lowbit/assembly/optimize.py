@@ -20,15 +20,16 @@ from .attach import attach
 from .build import build, state_of
 from .deepspeed import ShardWeights, group_of, plan_like, split_layers, stand_ins
 from .mode import Mode, mode_here
+from .ranks import require_group
 from .target import linears, make_target
 from .together import together
 from .weights import ModelWeights
 
 _MODE = ("torch_dtype", "compute", "decoder", "kv_cache_dtype", "device")
-_OPTIONS = (*_MODE, "group_size")
+OPTIONS = (*_MODE, "group_size")  # of the calls that quantize
 
 
-def read_options(kwargs: dict[str, Any], caller: str, known: tuple[str, ...] = _OPTIONS) -> tuple[int | None, Mode]:
+def read_options(kwargs: dict[str, Any], caller: str, known: tuple[str, ...] = OPTIONS) -> tuple[int | None, Mode]:
     """Return the group size and the mode that the further options of a call ask for.
 
     An unknown option is a UsageError listing `known`.
@@ -76,6 +77,7 @@ def excluded(model: nn.Module, recipe: Recipe) -> frozenset[str]:
 
 def optimize(model: nn.Module, recipe: Recipe, group: Group | None, mode: Mode) -> nn.Module:
     """Quantize the Linears of a live CPU model by a recipe, in place, split over `group`; return the model."""
+    group = require_group(group)
     if state_of(model) is not None:
         raise UsageError("this model is already low-bit; start from the original weights to quantize it another way")
     devices = {value.device.type for value in model.parameters()} - {"cpu"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from dist_lowbit.checkpoint import is_checkpoint
 from dist_lowbit.core.errors import UsageError
@@ -21,6 +22,13 @@ def expand(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def require_path(value: Any, caller: str, expected: str) -> str:
+    """Return a path, or a hub id, as text; another kind of argument is a UsageError."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise UsageError(f"{caller} takes {expected}, and was given a {type(value).__name__} for the directory")
+    return os.fspath(value)
+
+
 def require_checkpoint(path: str | Path) -> Path:
     """Return a path that is a low-bit checkpoint; a model directory or anything else is a UsageError."""
     path = expand(path)
@@ -32,10 +40,12 @@ def require_checkpoint(path: str | Path) -> Path:
                 f"{path} holds data files of a low-bit checkpoint, but no lowbit.json: a save was cut off, or the file "
                 f"is lost; save or convert anew"
             )
-        kind = "an ordinary model" if (path / "config.json").is_file() else "no model"
+        plain = (path / "config.json").is_file()
+        kind = "an ordinary model" if plain else "no model"
+        other = ", or load it by from_pretrained(load_in_4bit=True) of dist_lowbit.transformers" if plain else ""
         raise UsageError(
             f"{path} holds {kind}, no low-bit checkpoint (there is no lowbit.json); "
-            f"make one with dist-lowbit convert, or with optimize_model and save_low_bit"
+            f"make one with dist-lowbit convert, or with optimize_model and save_low_bit{other}"
         )
     return path
 

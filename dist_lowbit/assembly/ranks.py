@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dist_lowbit.comm import Group, SingleGroup, init_group
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.rank import current
@@ -10,6 +12,16 @@ from dist_lowbit.ops import usable_device
 
 # What adds tensors on another device than the cpu.
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
+
+
+def require_group(group: Any) -> Group | None:
+    """Return what a caller gave as a group, or None; anything that is no Group is a UsageError."""
+    if group is not None and not isinstance(group, Group):
+        raise UsageError(
+            f"group is {group!r:.80}; expected a Group, which init_group() returns in a job of dist-lowbit run, or "
+            "None for one rank"
+        )
+    return group
 
 
 def join_ranks(tensor_parallel: int | str | Group | None, device: str | None = None) -> tuple[Group, int]:

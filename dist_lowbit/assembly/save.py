@@ -20,6 +20,7 @@ from dist_lowbit.parallel.units import Range
 
 from .build import LowBitState, other_tensors, state_of
 from .hf_files import check_target, write_hf_files
+from .paths import require_path
 from .progress import track
 
 Piece = Callable[[int, int], PackedWeight]
@@ -196,7 +197,7 @@ def save_low_bit(model: nn.Module, directory: str | Path) -> None:
     state = state_of(model)
     if state is None:
         raise UsageError("this model is not low-bit; call optimize_model on it first")
-    directory = Path(directory).expanduser()
+    directory = Path(require_path(directory, "save_low_bit", "a directory to write")).expanduser()
     group = state.group
     failure: str | None = None
     records: list[FileRecord] = []
