@@ -20,11 +20,14 @@ def attach(model: nn.Module) -> nn.Module:
     """Give a model its `save_low_bit(directory)`, the call that users of the ancestors write.
 
     A Hugging Face model's `save_pretrained(directory)` does the same from here on: its own would write the packed
-    bytes without saying what they mean.
+    bytes without saying what they mean. Its `resize_token_embeddings` is refused in a sentence: embedding and head are
+    cut and packed.
     """
     model.save_low_bit = partial(save_low_bit, model)  # type: ignore[assignment]
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
+    if hasattr(type(model), "resize_token_embeddings"):
+        model.resize_token_embeddings = partial(_resize_token_embeddings, model)  # type: ignore[assignment]
     return model
 
 
@@ -34,3 +37,19 @@ def _save_pretrained(model: nn.Module, save_directory: str | Path, **kwargs: Any
         if value not in _HARMLESS.get(name, ()):
             raise UsageError(f"save_pretrained of a low-bit model takes a directory only; {name} has no effect")
     save_low_bit(model, save_directory)
+
+
+def _resize_token_embeddings(
+    model: nn.Module, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs: Any
+) -> nn.Module:
+    """Return the embedding where its size stays what it is; another size is a UsageError."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    size = embedding.num_embeddings
+    if pad_to_multiple_of is not None or new_num_tokens not in (None, size):
+        raise UsageError(
+            f"a low-bit model keeps its {size} token embeddings, and resize_token_embeddings asks for "
+            f"{size if new_num_tokens is None else new_num_tokens}, padded to a multiple of {pad_to_multiple_of or 1}; "
+            "resize the original model, save it, and quantize that"
+        )
+    found: nn.Module = embedding
+    return found

@@ -27,7 +27,7 @@ from .program import Program
 from .step import Executor, Step
 
 # What only Hugging Face's forward returns.
-_ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
+_ASKED = ("output_attentions", "output_hidden_states", "output_router_logits")
 # Arguments of base models that ask for nothing, or for what is done anyway.
 _HARMLESS = frozenset(
     {"return_dict", "use_cache", "cache_position", "logits_to_keep", "num_items_in_batch", "tokenizer"}
@@ -121,6 +121,9 @@ class FusedBackbone(nn.Module):
         }
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         _check_ids(input_ids)
+        _check_kind("attention_mask", attention_mask, (torch.Tensor, dict))
+        _check_embeds(inputs_embeds, self.program.lm_head.in_features)
+        _check_positions(position_ids, input_ids if inputs_embeds is None else inputs_embeds)
         why = self._why_not(attention_mask, position_ids, rest) or cache_why_not(past_key_values)
         if why is not None:
             return self._hugging_face(why, inputs | rest)
@@ -189,6 +192,9 @@ class FusedBackbone(nn.Module):
     def _hugging_face(self, why: str, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
         if self._no_fallback is not None:
             raise UsageError(f"this call asks for {why}, which needs Hugging Face's forward: {self._no_fallback}")
+        weights = why == "output_attentions" and getattr(self.config, "_attn_implementation", None) == ATTENTION_NAME
+        if weights and self.program.embed.group.size > 1:
+            raise UsageError("this call asks for output_attentions; a rank has a part of the heads: run on one rank")
         if why not in self._told:
             self._told.add(why)
             logger.warning("this call asks for %s: Hugging Face's forward computes it, slower than the decoder", why)
@@ -196,27 +202,50 @@ class FusedBackbone(nn.Module):
         batch = batch_of(cache) if cache is not None else None
         if batch is not None:
             release(cache, batch, self.dtype)
-        with self._attention_that_returns(why):
+        with self._attention_that_returns(weights):
             result: BaseModelOutputWithPast = self._original[0](**{k: v for k, v in inputs.items() if v is not None})
         return result
 
     @contextmanager
-    def _attention_that_returns(self, why: str) -> Iterator[None]:
+    def _attention_that_returns(self, weights: bool) -> Iterator[None]:
         """Let Hugging Face's plain attention run where its weights are asked for: ours never forms them."""
-        own = getattr(self.config, "_attn_implementation", None)
-        if why != "output_attentions" or own != ATTENTION_NAME:
+        if not weights:
             yield
             return
-        if self.program.embed.group.size > 1:
-            raise UsageError("this call asks for output_attentions; a rank has a part of the heads: run on one rank")
         self.config._attn_implementation = "eager"
         try:
             yield
         finally:
-            self.config._attn_implementation = own
+            self.config._attn_implementation = ATTENTION_NAME
+
+
+def _check_kind(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if value is not None and not isinstance(value, kinds):
+        raise UsageError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
+
+
+def _check_embeds(embeds: torch.Tensor | None, width: int) -> None:
+    _check_kind("inputs_embeds", embeds, (torch.Tensor,))
+    if embeds is not None and (embeds.dim() != 3 or embeds.shape[2] != width):
+        raise UsageError(f"inputs_embeds have shape {list(embeds.shape)}; expected [batch, tokens, {width}]")
+
+
+def _check_positions(positions: torch.Tensor | None, given: torch.Tensor | None) -> None:
+    """Refuse positions that are not integers, or not one for each token; those of several kinds are not looked at."""
+    _check_kind("position_ids", positions, (torch.Tensor,))
+    if positions is None or given is None or positions.dim() > 2:
+        return
+    rows, width = given.shape[:2]
+    odd = positions.is_floating_point() or positions.dtype == torch.bool
+    if odd or positions.shape not in ((rows, width), (1, width)):
+        raise UsageError(
+            f"position_ids are {positions.dtype} of shape {list(positions.shape)}; expected integers {[rows, width]}: "
+            "one for each token of the input, none for the tokens of the cache"
+        )
 
 
 def _check_ids(ids: torch.Tensor | None) -> None:
+    _check_kind("input_ids", ids, (torch.Tensor,))
     if ids is not None and (ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool):
         raise UsageError(f"input_ids are {ids.dtype} of shape {list(ids.shape)}; expected integers [batch, tokens]")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from dist_lowbit import transformers as low_bit
 from dist_lowbit.comm import init_group
-from dist_lowbit.core.errors import CommError
+from dist_lowbit.core.errors import CommError, UsageError
 from dist_lowbit.decoder.native import NativeDecoder
 from dist_lowbit.engine.loop import backbone_of
 from dist_lowbit.optimize import optimize_model
@@ -146,6 +147,26 @@ def hugging_face_forward(job: Job) -> Any:
             if group.rank == 0:
                 save_file(found, str(job.folder / f"{name}.safetensors"))
     return None
+
+
+@torch.inference_mode()
+def refused_attentions(job: Job) -> Any:
+    """Ask for attention weights in the middle of a text; return what was logged and raised, and whether it goes on."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    with init_group() as group:
+        model = low_bit_model("llama", "fp16", "fp32", group)
+        ids, refused = torch.tensor([TEXT]), 0
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        logging.getLogger("dist_lowbit").addHandler(handler)
+        for more in ({}, {"output_hidden_states": True}):
+            try:
+                model(ids[:, 9:], past_key_values=cache, output_attentions=True, **more)
+            except UsageError as error:
+                refused += "output_attentions; a rank has a part of the heads" in str(error)
+        same = torch.equal(model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:])
+    return {"told": told, "refused": refused, "same": same}
 
 
 @torch.inference_mode()

@@ -296,6 +296,25 @@ BAD = {
     ),
     "a short mask": (lambda m: m(prompts(1, 5), attention_mask=torch.ones(1, 4)), "attention_mask has shape"),
     "two inputs": (lambda m: m.model(prompts(1, 5), inputs_embeds=torch.zeros(1, 5, 96)), "either input_ids or"),
+    "ids in a list": (lambda m: m([[1, 2]]), "input_ids is a list; expected a torch.Tensor"),
+    "a mask in a list": (lambda m: m(prompts(1, 2), attention_mask=[[1, 1]]), "attention_mask is a list"),
+    "positions in a list": (lambda m: m(prompts(1, 2), position_ids=[0, 1]), "position_ids is a list"),
+    "positions too wide": (
+        lambda m: m(prompts(1, 5), position_ids=torch.arange(9)[None]),
+        r"position_ids are torch.int64 of shape \[1, 9\]; expected integers \[1, 5\]",
+    ),
+    "positions of other rows": (
+        lambda m: m(prompts(2, 5), position_ids=torch.arange(15).view(3, 5)),
+        r"of shape \[3, 5\]; expected integers \[2, 5\]",
+    ),
+    "positions without a batch": (lambda m: m(prompts(1, 5), position_ids=torch.arange(5)), r"of shape \[5\]"),
+    "positions between tokens": (lambda m: m(prompts(1, 1), position_ids=torch.full((1, 1), 0.5)), "float32 of shape"),
+    "embeddings too narrow": (lambda m: m(inputs_embeds=torch.zeros(1, 3, 7)), r"expected \[batch, tokens, 96\]"),
+    "another vocabulary": (
+        lambda m: m.resize_token_embeddings(VOCAB + 1),
+        "keeps its 151 token embeddings, and resize_token_embeddings asks for 152",
+    ),
+    "a padded vocabulary": (lambda m: m.resize_token_embeddings(pad_to_multiple_of=64), "a multiple of 64"),
     "a token out of range": (lambda m: m(torch.tensor([[VOCAB]])), "token"),
 }
 
@@ -305,6 +324,25 @@ def test_bad_input(case: str, fused: LlamaForCausalLM) -> None:
     call, text = BAD[case]
     with torch.inference_mode(), pytest.raises((UsageError, IndexError), match=text):
         call(fused)
+
+
+def test_a_call_that_is_refused_leaves_the_cache_as_it_was(fused: LlamaForCausalLM) -> None:
+    ids = prompts(2, 40)
+    with torch.inference_mode():
+        cache = fused(ids[:, :30], use_cache=True).past_key_values
+        for asked in ({}, {"output_attentions": True}):
+            with pytest.raises(UsageError, match="position_ids are"):
+                fused(ids[:, 30:], past_key_values=cache, position_ids=torch.arange(40)[None], **asked)
+        assert torch.equal(fused(ids[:, 30:], past_key_values=cache).logits, fused(ids).logits[:, 30:])
+
+
+def test_attention_weights_on_two_ranks_are_refused_before_anything_changes(decoder_ranks: Any) -> None:
+    for rank in decoder_ranks("refused_attentions", 2)[1]:
+        assert rank == {"told": [], "refused": 2, "same": True}
+
+
+def test_a_vocabulary_of_the_same_size_is_no_change(fused: LlamaForCausalLM) -> None:
+    assert fused.resize_token_embeddings(VOCAB) is fused.get_input_embeddings() is fused.resize_token_embeddings()
 
 
 def test_a_kept_linear_is_held_once(plain: LlamaForCausalLM) -> None:
