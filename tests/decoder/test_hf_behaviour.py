@@ -280,6 +280,18 @@ def test_loss(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
     assert abs(float(one.loss - other.loss)) <= 2 * (apart + rounding)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_by_torch_it_does_the_same(backend: str, fused: LlamaForCausalLM) -> None:
+    """The head and the loss are compiled; the decoder's own step stays one call."""
+    torch.compiler.reset()
+    compiled: Any = torch.compile(fused, backend=backend)
+    inputs = padded()
+    with torch.inference_mode():
+        assert torch.equal(compiled(**inputs).logits, fused(**inputs).logits)
+        texts = [model.generate(**inputs, do_sample=False, max_new_tokens=3) for model in (compiled, fused)]
+    assert torch.equal(*texts)
+
+
 def test_embeddings_as_input(fused: LlamaForCausalLM) -> None:
     ids = prompts(2, 9)
     with torch.inference_mode():
