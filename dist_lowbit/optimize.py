@@ -47,7 +47,8 @@ def optimize_model(
     switched a GPU kernel of an ancestor). group: the ranks to split the model over (None: one); all ranks must call
     together.
 
-    Further keywords: torch_dtype (of activations and unquantized tensors, default float32), group_size, compute
+    Further keywords: torch_dtype (of activations and unquantized tensors, default float32; the decoder's logits are
+    float32 in any case), group_size, compute
     ("int8" or "fp32"), decoder ("auto", "native", "torch", "off"), kv_cache_dtype ("auto", "fp32", "fp16", "bf16",
     "int8"), device ("cpu"; "cuda", "xpu:1" and the like for known families, on the decoder of torch operations: the
     result lies there). Others are a UsageError. The model gains `save_low_bit(directory)`. Unknown formats and NaN or
@@ -66,9 +67,9 @@ def load_low_bit(
     """Load a directory of save_low_bit into a model of the same architecture, and return it.
 
     model: from low_memory_init, or loaded the ordinary way. group: the ranks to split over, whatever number of ranks
-    saved; all must call together. Keywords: torch_dtype, compute, decoder, kv_cache_dtype, device, optimize_llm (see
-    optimize_model). Damage or a directory of another model is a CheckpointError; a directory that is no low-bit
-    checkpoint a UsageError.
+    saved; all must call together. Keywords: torch_dtype (default: that of the saved model), compute, decoder,
+    kv_cache_dtype, device, optimize_llm (see optimize_model). Damage or a directory of another model is a
+    CheckpointError; a directory that is no low-bit checkpoint a UsageError.
     """
     optimize_llm = kwargs.pop("optimize_llm", True)
     mode = switched(_optimize.mode_options(kwargs, "load_low_bit"), optimize_llm)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from dist_lowbit import ops
 from dist_lowbit.comm import Group
@@ -40,6 +41,7 @@ class LowBitState:
     target: Target
     group: Group
     kept: frozenset[str]  # planned modules that were left as they are
+    dtype: torch.dtype = torch.float32  # of activations
 
 
 def state_of(model: nn.Module) -> LowBitState | None:
@@ -195,9 +197,11 @@ def build(
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # head and embedding are two tensors from here on
+    if isinstance(config, PreTrainedConfig):
+        config.dtype = mode.dtype
     if target.family is not None and mode.optimize_llm:
         use_decoder(model, target, group, mode)
     if any(isinstance(module, LowBitLinear) and module.kernel == "cpu" for module in model.modules()):
         ops.limit_torch()
-    setattr(model, STATE, LowBitState(recipe, target, group, left))
+    setattr(model, STATE, LowBitState(recipe, target, group, left, mode.dtype))
     return model.eval().requires_grad_(False)

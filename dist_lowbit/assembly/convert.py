@@ -55,7 +55,7 @@ def convert(source_dir: Path, directory: Path, recipe: Recipe, tp: int, *, trust
                 directory.rmdir()
             raise
     try:
-        write_hf_files(model, directory, recipe, first_weight(state), source_dir)
+        write_hf_files(model, directory, recipe, first_weight(state), state.dtype, source_dir)
         commit(directory, tp, metadata_of(state, model), records)
     except BaseException:
         discard(directory, records)

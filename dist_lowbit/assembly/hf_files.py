@@ -13,6 +13,7 @@ from torch import nn
 
 from dist_lowbit.quantize import Recipe
 
+from .mode import dtype_name
 from .paths import STUB, refuse_target
 
 QUANT_METHOD = "dist_lowbit"
@@ -53,11 +54,13 @@ def write_stub(directory: Path, weight: str) -> None:
     (directory / STUB).write_bytes(save(nothing, metadata={"format": "pt", "weights": "see lowbit.json"}))
 
 
-def write_hf_files(model: nn.Module, directory: Path, recipe: Recipe, weight: str, source: Path | None = None) -> None:
+def write_hf_files(
+    model: nn.Module, directory: Path, recipe: Recipe, weight: str, dtype: torch.dtype, source: Path | None = None
+) -> None:
     """Write config, generation config and stub of a Hugging Face model, and copy its tokenizer where it is known.
 
-    weight: the name of a weight that lowbit.json holds. source: the directory the model came from (None: the one its
-    config names, if that is one).
+    weight: the name of a weight that lowbit.json holds. dtype: of activations, unless a loader asks for another.
+    source: the directory the model came from (None: the one its config names, if that is one).
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -65,7 +68,7 @@ def write_hf_files(model: nn.Module, directory: Path, recipe: Recipe, weight: st
     values = config.to_dict()
     values["quantization_config"] = quantization_config(recipe)
     values["tie_word_embeddings"] = False
-    values["dtype"] = "float32"  # of activations, unless a loader asks for another
+    values["dtype"] = dtype_name(dtype)
     values.setdefault("architectures", None)
     values["architectures"] = values["architectures"] or [type(model).__name__]
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")

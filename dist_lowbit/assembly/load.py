@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from dist_lowbit.checkpoint import CheckpointReader
@@ -15,7 +17,7 @@ from dist_lowbit.quantize import Recipe
 
 from .attach import attach
 from .build import build, other_tensors, state_of
-from .mode import Mode, mode_here
+from .mode import Mode, as_dtype, mode_here
 from .paths import require_checkpoint, require_path
 from .ranks import require_group
 from .target import make_target
@@ -35,7 +37,7 @@ def load_low_bit(
     model: on meta (see low_memory_init) or loaded the ordinary way; its own weights are dropped. group: the ranks to
     split over (None: one), independent of how many ranks saved. All ranks must call together. Reads this rank's
     bytes only, and verifies their checksums: damage that any rank finds is a CheckpointError naming file and tensor, on
-    all ranks. mode: how to run (None: as the settings say).
+    all ranks. mode: how to run (None: as the settings say); where it leaves the dtype open, that of the saved model.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -48,22 +50,28 @@ def load_low_bit(
         raise UsageError("this model is already low-bit; build a fresh one with low_memory_init to load into")
     group = group or SingleGroup()
     with together(group), CheckpointReader(path) as reader:
-        recipe, kept = _how(reader)
+        recipe, kept, dtype = _how(reader)
+        mode = mode or mode_here()
+        mode = replace(mode, dtype=dtype) if mode.dtype_open else mode
         weights = CheckpointWeights(reader)
         target = make_target(model, _blocks(reader), group.size, lambda name: f"{name}.weight" in reader.weights)
         _check_names(model, reader, path)
-        build(model, target, weights, group, recipe, kept, mode or mode_here())
+        build(model, target, weights, group, recipe, kept, mode)
     return attach(model)
 
 
-def _how(reader: CheckpointReader) -> tuple[Recipe, frozenset[str]]:
-    """Return the recipe that a checkpoint was quantized by, and the modules that it left alone."""
+def _how(reader: CheckpointReader) -> tuple[Recipe, frozenset[str], torch.dtype]:
+    """Return the recipe that a checkpoint was quantized by, the modules that it left alone, and the model's dtype."""
     recipe, kept = reader.metadata.get("recipe"), reader.metadata.get("kept")
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
         raise CheckpointError(
             f"the metadata in {reader.directory} says {kept!r:.200} of the modules kept; expected a list of names"
         )
-    return Recipe.from_json(recipe), frozenset(kept)
+    try:
+        dtype = as_dtype(reader.metadata.get("dtype"))
+    except UsageError as error:
+        raise CheckpointError(f"the metadata in {reader.directory} cannot be read: {error}") from error
+    return Recipe.from_json(recipe), frozenset(kept), dtype
 
 
 def _blocks(reader: CheckpointReader) -> Callable[[str], int]:

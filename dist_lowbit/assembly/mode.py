@@ -22,6 +22,7 @@ class Mode:
     first that takes the model), "off" (Hugging Face's forward over low-bit Linears). kv_cache_dtype: of the decoder's
     cache, fp32, fp16, bf16 or int8; "auto" is the one of activations. device: where weights and cache lie and steps
     run: "cpu", or one of torch's, such as "cuda" or "xpu:1", which the decoder of torch operations alone runs on.
+    dtype_open: a checkpoint's own dtype takes the place of `dtype`, which nobody has chosen.
     """
 
     dtype: torch.dtype = torch.float32
@@ -29,6 +30,7 @@ class Mode:
     decoder: str = "auto"
     kv_cache_dtype: str = "auto"
     device: str = "cpu"
+    dtype_open: bool = False
 
     def __post_init__(self) -> None:
         for name in CHOICES:
@@ -67,6 +69,11 @@ def as_dtype(value: Any) -> torch.dtype:
     return found
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as config.json and lowbit.json write it; as_dtype reads it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def mode_here(
     torch_dtype: Any = None,
     compute: str | None = None,
@@ -82,6 +89,7 @@ def mode_here(
         decoder or own.decoder,
         kv_cache_dtype or own.kv_cache_dtype,
         "cpu" if device is None else str(device),
+        dtype_open=torch_dtype in (None, "auto"),
     )
 
 

@@ -20,6 +20,7 @@ from dist_lowbit.parallel.units import Range
 
 from .build import LowBitState, other_tensors, state_of
 from .hf_files import check_target, write_hf_files
+from .mode import dtype_name
 from .paths import require_path
 from .progress import track
 
@@ -131,13 +132,14 @@ def first_weight(state: LowBitState) -> str:
 
 
 def metadata_of(state: LowBitState, model: nn.Module) -> dict[str, Any]:
-    """Return what lowbit.json says beside the tensors: recipe, model, and the units of K that segments are cut at."""
+    """Return what lowbit.json says beside the tensors: recipe, model, dtype, and the units of K of segments."""
     units = {name: split.unit for name, split in state.target.plan.splits.items() if name not in state.kept}
     return {
         "recipe": state.recipe.to_json(),
         "model_class": type(model).__name__,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "kept": sorted(state.kept),
+        "dtype": dtype_name(state.dtype),
         "units": units,
     }
 
@@ -214,7 +216,7 @@ def save_low_bit(model: nn.Module, directory: str | Path) -> None:
     if not failures and group.rank == 0:
         try:
             every = [FileRecord.from_json(record) for item in told for record in item["records"]]
-            write_hf_files(model, directory, state.recipe, first_weight(state))
+            write_hf_files(model, directory, state.recipe, first_weight(state), state.dtype)
             commit(directory, state.target.plan.tp, metadata_of(state, model), every)
         except (DistLowbitError, OSError) as error:
             failures = [(0, str(error))]

@@ -115,7 +115,7 @@ class FusedBackbone(nn.Module):
         use_cache: bool | None = None,
         **rest: Any,
     ) -> BaseModelOutputWithPast:
-        """Return the last hidden states [B, T, hidden] (zeros at padding) and the cache."""
+        """Return the last hidden states, fp32 [B, T, hidden] (zeros at padding), and the cache."""
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -206,6 +206,8 @@ class FusedBackbone(nn.Module):
             release(cache, batch, self.dtype)
         with self._attention_that_returns(weights):
             result: BaseModelOutputWithPast = self._original[0](**{k: v for k, v in inputs.items() if v is not None})
+        if isinstance(result.last_hidden_state, torch.Tensor):  # so that the head's logits are fp32 here too
+            result.last_hidden_state = result.last_hidden_state.float()
         return result
 
     @contextmanager

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import dist_lowbit.sample
 from dist_lowbit import optimize_model
+from dist_lowbit import transformers as ours
 from dist_lowbit.optimize import load_low_bit, low_memory_init
 from dist_lowbit.parallel import LowBitLinear
 
@@ -43,6 +44,28 @@ def test_save_then_load_into_a_low_memory_model(cls: type, story, prompt: torch.
     assert all(parameter.is_meta for parameter in loaded.parameters())
     loaded = load_low_bit(loaded, saved_dir)
     assert torch.equal(loaded(prompt).logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loaded_model_has_the_dtype_of_the_saved_one(
+    dtype: torch.dtype, story, prompt: torch.Tensor, tmp_path: Path
+) -> None:
+    model = optimize_model(story(), torch_dtype=dtype)
+    assert model.dtype == model.config.dtype == dtype
+    model.save_low_bit(tmp_path)
+    with low_memory_init():
+        empty = AutoModelForCausalLM.from_pretrained(tmp_path)
+    doors = {
+        "low_memory_init": load_low_bit(empty, tmp_path),
+        "ordinary": load_low_bit(story(), tmp_path, torch_dtype="auto"),
+        "our Auto class": ours.AutoModelForCausalLM.load_low_bit(tmp_path),
+        "Hugging Face": AutoModelForCausalLM.from_pretrained(tmp_path),
+    }
+    for door, loaded in doors.items():
+        assert loaded.dtype == loaded.config.dtype == dtype, door
+        assert torch.equal(loaded(prompt).logits, model(prompt).logits), door
+    other = load_low_bit(story(), tmp_path, torch_dtype=torch.float32)
+    assert other.dtype == other.config.dtype == torch.float32
 
 
 def test_load_into_a_model_loaded_the_ordinary_way(story, prompt: torch.Tensor, tmp_path: Path) -> None:

@@ -215,6 +215,17 @@ def test_hidden_states_come_from_hugging_face(
     assert len([r for r in caplog.records if "output_hidden_states" in r.getMessage()]) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_are_fp32_whichever_forward_computes(dtype: torch.dtype, plain: LlamaForCausalLM) -> None:
+    model: Any = optimize_model(copy.deepcopy(plain), torch_dtype=dtype)
+    ids = prompts(1, 5)
+    with torch.inference_mode():
+        found = [model(ids, **{name: True}) for name in ("use_cache", "output_hidden_states", "output_attentions")]
+        theirs = optimize_model(copy.deepcopy(plain), torch_dtype=dtype, optimize_llm=False)(ids)
+    assert {output.logits.dtype for output in found} == {torch.float32}
+    assert found[1].hidden_states[-1].dtype == theirs.logits.dtype == dtype
+
+
 def test_attention_weights_come_from_hugging_face(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:
     ids = prompts(2, 12)
     with torch.inference_mode():
