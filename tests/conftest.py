@@ -14,9 +14,14 @@ import re
 import subprocess
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.comm.harness import Farm
 
 ROOT = Path(__file__).parent.parent
 SKIPS = ROOT / "tests" / "skips.toml"
@@ -163,6 +168,16 @@ def versions() -> str:
         except PackageNotFoundError:
             found.append(f"no {name}")
     return ", ".join(found)
+
+
+@pytest.fixture(scope="session")
+def model_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    """Ranks that run models; one helper for all folders, since it takes seconds to import what they need."""
+    from tests.comm.harness import Farm
+
+    helper = Farm(tmp_path_factory.mktemp("ranks"), (), "tests.e2e.bodies", "tests.decoder.bodies")
+    yield helper
+    helper.close()
 
 
 @pytest.fixture(scope="session")

@@ -118,13 +118,10 @@ def plain_transformers(first: str, path: Path) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
-    [
-        "import dist_lowbit",
-        pytest.param("import transformers, dist_lowbit", marks=pytest.mark.slow),
-        pytest.param("from dist_lowbit import init_group", marks=pytest.mark.slow),
-    ],
+    ["import dist_lowbit", "import transformers, dist_lowbit", "from dist_lowbit import init_group"],
 )
 def test_plain_transformers_knows_us_in_any_order(first: str, story, tmp_path: Path) -> None:
     optimize_model(story()).save_low_bit(tmp_path)
@@ -133,8 +130,28 @@ def test_plain_transformers_knows_us_in_any_order(first: str, story, tmp_path: P
     assert done.stdout.strip() == "LowBitLinear"
 
 
+@pytest.mark.slow
 def test_transformers_alone_stops_instead_of_running_on_random_weights(story, tmp_path: Path) -> None:
     optimize_model(story()).save_low_bit(tmp_path)
     done = plain_transformers("", tmp_path)
     assert done.returncode != 0
     assert "mismatch" in done.stderr
+
+
+ALONE_THEN_WITH_US = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except RuntimeError as error:
+    print("mismatch" in str(error), "dist_lowbit" in sys.modules)
+import dist_lowbit
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).lm_head).__name__)
+"""
+
+
+def test_transformers_stops_alone_and_knows_us_once_we_are_imported(story, tmp_path: Path) -> None:
+    optimize_model(story()).save_low_bit(tmp_path)
+    done = subprocess.run([sys.executable, "-c", ALONE_THEN_WITH_US, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "False", "LowBitLinear"]

@@ -106,6 +106,10 @@ MODELS: dict[str, tuple[Words, str]] = {
         r"/no is no directory; expected one written by",
     ),
     "generate: empty": (lambda p: ["generate", p.empty()], r"holds no model, no low-bit checkpoint"),
+    "a damaged shard": (
+        lambda p: ["generate", p.broken(next(p.checkpoint.glob("lowbit-*-00002-of-*")).name, "x", p.checkpoint)],
+        r"lowbit-\S*-00002-of-00002\.safetensors (has|is) ",
+    ),
     "manifest": (lambda p: ["inspect", p.broken("lowbit.json", "{", p.checkpoint)], r"lowbit\.json"),
     "no such option": (lambda p: ["generate", p.checkpoint, "--beams", 3], r"No such option.*--beams"),
     "no argument": (lambda p: ["generate"], r"Missing argument '(?i:directory)'"),
@@ -193,6 +197,7 @@ def test_a_bad_setting_is_a_sentence_from_the_first_import_on() -> None:
             assert re.search(text, process("doctor", **{f"DIST_LOWBIT_{name}": value}).sentence())
 
 
+@pytest.mark.slow  # tests/core and tests/ops have each of the two by itself
 def test_settings_of_the_compiled_kernels(checkpoint: Path) -> None:
     from dist_lowbit.core.native import native, native_why_not
 

@@ -19,7 +19,7 @@ from dist_lowbit.comm import SingleGroup
 from dist_lowbit.engine.chat import render
 from dist_lowbit.engine.generate import Sampling, generate
 from dist_lowbit.engine.session import Session, open_session
-from tests.cli.command_line import environment, process
+from tests.cli.command_line import Cli, environment
 
 LIMIT = 100.0
 
@@ -81,10 +81,14 @@ def test_two_ranks_at_a_terminal(checkpoint: Path, session: Session) -> None:
         os.close(terminal)
 
 
-def test_piped_lines_and_their_end(checkpoint: Path, session: Session) -> None:
+def test_piped_lines_and_their_end(
+    checkpoint: Path, session: Session, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     first, second = expected(session, "Tell me of a cat", "And then?")
-    lines = "Tell me of a cat\nAnd then?"  # the last one without an end of its own
-    done = process("chat", checkpoint, "--greedy", "--max-new-tokens", 6, stdin=lines)
+    (tmp_path / "lines").write_text("Tell me of a cat\nAnd then?")  # the last one without an end of its own
+    with (tmp_path / "lines").open() as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        done = cli("chat", checkpoint, "--greedy", "--max-new-tokens", 6)
     assert (done.code, done.err) == (0, "")
     assert done.out == f"> {first}\n> {second}\n> \n"
 

@@ -54,6 +54,7 @@ def test_generate_json_on_one_rank(checkpoint: Path, cli: Cli, alone: dict[str, 
     assert len(answer["peak_rss_bytes"]) == 1
 
 
+@pytest.mark.slow
 def test_generate_json_on_two_ranks_says_the_same(checkpoint: Path, alone: dict[str, object]) -> None:
     done = process("generate", checkpoint, "-n", 2, *GREEDY)
     assert (done.code, done.err) == (0, "")
@@ -204,11 +205,13 @@ def test_version_and_help(cli: Cli) -> None:
     assert "--style" in process("run", "--help").out
 
 
-def test_a_reader_that_leaves_is_no_traceback(checkpoint: Path) -> None:
+@pytest.mark.parametrize("verb", ["run", pytest.param("inspect", marks=pytest.mark.slow)])
+def test_a_reader_that_leaves_is_no_traceback(verb: str, checkpoint: Path) -> None:
+    words = {"run": ("-n", "2", "--dry-run", __file__), "inspect": (str(checkpoint),)}[verb]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "dist_lowbit.cli", "inspect", str(checkpoint)],
+        [sys.executable, "-m", "dist_lowbit.cli", verb, *words],
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,

@@ -18,6 +18,7 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -62,16 +63,16 @@ def free_port() -> int:
 class Farm:
     """The helper process: its runs cost a fork for each rank instead of an import of torch.
 
-    `wrapper` is a command that runs it, such as one that changes the name space; `bodies` the module of the bodies.
+    `wrapper` is a command that runs it, such as one that changes the name space; `bodies` the modules of the bodies.
     """
 
-    def __init__(self, folder: Path, wrapper: tuple[str, ...] = (), bodies: str = "tests.comm.bodies") -> None:
+    def __init__(self, folder: Path, wrapper: tuple[str, ...] = (), *bodies: str) -> None:
         self.folder = folder
         self.runs = 0
         foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         clean = {name: value for name, value in os.environ.items() if name not in foreign}
         clean["PYTHONPATH"] = str(ROOT)
-        command = [*wrapper, sys.executable, "-m", "tests.comm.harness", bodies]
+        command = [*wrapper, sys.executable, "-m", "tests.comm.harness", ",".join(bodies or ("tests.comm.bodies",))]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -153,16 +154,21 @@ def _rank_main(spec: dict[str, Any], rank: int) -> None:
 def _run_body(spec: dict[str, Any], rank: int) -> None:
     import torch
 
-    bodies = importlib.import_module(sys.argv[1])
+    modules = import_bodies()
+    body = next(getattr(module, spec["body"]) for module in modules if hasattr(module, spec["body"]))
     torch.set_num_threads(1)
     job = Job(rank, spec["size"], Path(spec["folder"]), spec["args"])
     try:
-        result = {"ok": True, "value": getattr(bodies, spec["body"])(job)}
+        result = {"ok": True, "value": body(job)}
     except BaseException:
         result = {"ok": False, "value": traceback.format_exc()}
     temporary = job.folder / f"writing.{rank}"
     temporary.write_text(json.dumps(result))
     temporary.rename(job.folder / f"result.{rank}")
+
+
+def import_bodies() -> list[ModuleType]:
+    return [importlib.import_module(name) for name in sys.argv[1].split(",")]
 
 
 def start(spec: dict[str, Any]) -> list[int]:
@@ -205,9 +211,11 @@ def main() -> None:
 
         _run_body(json.loads(sys.argv[2]), current().rank)
         return
-    importlib.import_module(sys.argv[1])  # torch and the package, before any fork
+    import_bodies()  # torch and the package, before any fork
     while line := sys.stdin.readline():
         print(json.dumps(start(json.loads(line))), flush=True)
+    atexit._run_exitfuncs()  # as in a rank
+    os._exit(0)
 
 
 if __name__ == "__main__":

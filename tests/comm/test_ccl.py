@@ -133,7 +133,9 @@ print(function is torch_ccl._create, "oneccl_bindings_for_pytorch" in sys.module
 """
 
 
-@pytest.mark.parametrize(("matching", "said"), [(True, "False True"), (False, "True False")])
+@pytest.mark.parametrize(
+    ("matching", "said"), [(True, "False True"), pytest.param(False, "True False", marks=pytest.mark.slow)]
+)
 def test_register_imports_bindings_of_this_torch_and_no_others(matching: bool, said: str, tmp_path: Path) -> None:
     """The bindings themselves do not install beside this torch: a package of their name stands on the path instead."""
     version = torch.__version__.partition("+")[0] if matching else "1.13.0"

@@ -14,20 +14,18 @@ from tests.comm.harness import Farm
 
 
 @pytest.fixture(scope="session")
-def decoder_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Path, list[Any]]]]:
+def decoder_ranks(model_farm: Farm) -> Callable[..., tuple[Path, list[Any]]]:
     """Return a function that runs a body on ranks and returns their folder and values."""
     if native_why_not() is not None:
         pytest.skip(f"no compiled kernels: {native_why_not()}")
-    farm = Farm(tmp_path_factory.mktemp("ranks"), bodies="tests.decoder.bodies")
 
     def run(body: str, size: int, timeout: float = 300.0, **args: Any) -> tuple[Path, list[Any]]:
-        outcome = farm.run(body, size, args, timeout=timeout, environ={"OMP_NUM_THREADS": "1"})
+        outcome = model_farm.run(body, size, args, timeout=timeout, environ={"OMP_NUM_THREADS": "1"})
         assert not outcome.late, f"ranks {outcome.late} did not end\n{outcome.output}"
         assert not outcome.errors, "\n".join([*outcome.errors.values(), outcome.output])
         return outcome.folder, [outcome.values[rank] for rank in range(size)]
 
-    yield run
-    farm.close()
+    return run
 
 
 @pytest.fixture

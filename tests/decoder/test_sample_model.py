@@ -13,7 +13,10 @@ from tests.e2e.exact import Yardstick
 SAMPLE = str(dist_lowbit.sample.path())
 
 
-@pytest.mark.parametrize(("form", "compute"), [("fp16", "int8"), ("sym_int8", "fp32"), ("sym_int4", "fp32")])
+OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in (("fp16", "int8"), ("sym_int8", "fp32"))]
+
+
+@pytest.mark.parametrize(("form", "compute"), [("sym_int4", "fp32"), *OTHERS])
 def test_greedy_text_is_that_of_hugging_faces_forward(form: str, compute: str) -> None:
     """Sixty tokens, wherever the two likeliest lie further apart than the two forwards do."""
     ids = AutoTokenizer.from_pretrained(SAMPLE)("Once upon a time there was a", return_tensors="pt").input_ids

@@ -23,6 +23,7 @@ from dist_lowbit.optimize import load_low_bit, low_memory_init, optimize_model
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding
 from tests.bounds import cast_bound, exact_linear, linear_bound, reorder_bound
 from tests.comm.harness import Job
+from tests.e2e import tiny  # noqa: F401 - imports the models' code once, before ranks are forked
 from tests.parallel.split_cases import CASES, local_x, operands, part, split_of
 
 PROMPT = [[1, 5, 17, 80, 33, 99, 4, 4, 62, 9, 21, 50]]  # 12 tokens of the tiny vocabulary

@@ -25,14 +25,6 @@ def compiled() -> None:
 
 
 @pytest.fixture(scope="session")
-def model_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    """Ranks that run the bodies of this folder."""
-    helper = Farm(tmp_path_factory.mktemp("ranks"), bodies="tests.e2e.bodies")
-    yield helper
-    helper.close()
-
-
-@pytest.fixture(scope="session")
 def ranks(model_farm: Farm) -> Callable[..., tuple[Path, list[Any]]]:
     """Return a function that runs a body on ranks and returns their folder (with what they say) and values."""
 

@@ -126,6 +126,7 @@ def test_a_killed_rank_ends_the_job(generating, rank: int) -> None:  # type: ign
     nothing_left(below, before)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_job(generating) -> None:  # type: ignore[no-untyped-def]
     process, ranks, below = generating
     before = {path.name for path in SHM.iterdir()}
@@ -139,6 +140,7 @@ def test_a_stopped_rank_ends_the_job(generating) -> None:  # type: ignore[no-unt
     nothing_left(below, before)
 
 
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_job(endless: Path, tmp_path: Path) -> None:
     before = {path.name for path in SHM.iterdir()}
     (tmp_path / "fails.py").write_text(FAILS)

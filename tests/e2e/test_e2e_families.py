@@ -14,7 +14,7 @@ from tests.e2e.bodies import PROMPT
 from tests.e2e.exact import Yardstick
 from tests.e2e.tiny import FAMILIES, VOCAB
 
-DEGREES = (1, 2, 3, 4)
+DEGREES = (1, 2, pytest.param(3, marks=pytest.mark.slow), 4)  # at 4 some ranks are idle, at 3 parts are uneven
 WHOLE_SEGMENTS = (1, 2, 4)  # degrees at which integer formats give the same bits
 FORMS = (("sym_int4", "int8"), ("fp16", "fp32"))
 
@@ -56,17 +56,23 @@ def test_integer_formats_give_the_same_bits_at_every_degree(runs, family: str) -
         assert runs(tp)[1][0][f"{family} sym_int4 live"] == first, tp
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_hugging_faces(runs, tiny, family: str) -> None:  # type: ignore[no-untyped-def]
+@functools.cache
+def margins(model: str) -> tuple[int, dict[int, tuple[float, float]]]:
+    """Return the exact model's likeliest last token, its lead over others, and bounds on errors of that lead."""
     # fp16 holds the weights as they are and fp32 the activations, so only roundings are between the two.
-    yardstick = Yardstick(tiny[family], torch.tensor(PROMPT), "fp16", "fp32")
+    yardstick = Yardstick(model, torch.tensor(PROMPT), "fp16", "fp32")
     last = yardstick.logits[-1]
     best = int(last.argmax())
     others = [int(i) for i in last.argsort()[:: VOCAB // 8] if int(i) != best]
-    bounds = {other: yardstick.margin(best, other) for other in others}
-    for tp in DEGREES:
-        folder, _ = runs(tp)
-        found = load_file(folder / f"{family}-fp16.safetensors")["prefill"][0, -1].double()
-        for other, (margin, bound) in bounds.items():
-            assert bound < 0.15  # else this would say little: the logits spread by 1.5
-            assert abs(float(found[best] - found[other]) - margin) <= bound, (tp, other)
+    return best, {other: yardstick.margin(best, other) for other in others}
+
+
+@pytest.mark.parametrize("tp", DEGREES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_hugging_faces(runs, tiny, family: str, tp: int) -> None:  # type: ignore[no-untyped-def]
+    best, bounds = margins(tiny[family])
+    folder, _ = runs(tp)
+    found = load_file(folder / f"{family}-fp16.safetensors")["prefill"][0, -1].double()
+    for other, (margin, bound) in bounds.items():
+        assert bound < 0.15  # else this would say little: the logits spread by 1.5
+        assert abs(float(found[best] - found[other]) - margin) <= bound, other

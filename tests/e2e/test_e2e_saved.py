@@ -134,13 +134,8 @@ def test_damage_is_told_to_all_ranks_by_name(ranks, damaged, tp: int) -> None:  
             assert damaged[name].name in sentence
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "byte of rank 1",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("missing rank file", "truncated", "schema")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["byte of rank 1", "missing rank file", "truncated", "schema"])
 def test_generate_answers_damage_with_a_sentence(damaged, name: str) -> None:  # type: ignore[no-untyped-def]
     done = generate_text(damaged[name], "-n", "2", "--greedy", "--max-new-tokens", "4")
     assert done.returncode == 2

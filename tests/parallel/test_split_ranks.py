@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from dist_lowbit.formats import FORMATS
 from tests.comm.harness import Farm
 
 QUICK = ("sym_int4", "asym_int4", "sym_int8", "zp_int4", "nf4", "bf16")
-
-
-@pytest.fixture(scope="module")
-def linear_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    """Ranks that run the bodies of tests/e2e."""
-    helper = Farm(tmp_path_factory.mktemp("ranks"), bodies="tests.e2e.bodies")
-    yield helper
-    helper.close()
 
 
 def check(farm: Farm, tp: int, formats: tuple[str, ...], backend: str) -> None:
@@ -30,15 +20,15 @@ def check(farm: Farm, tp: int, formats: tuple[str, ...], backend: str) -> None:
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4])
-def test_ranks_give_the_whole_linear(linear_farm: Farm, tp: int) -> None:
-    check(linear_farm, tp, QUICK, "auto")
+def test_ranks_give_the_whole_linear(model_farm: Farm, tp: int) -> None:
+    check(model_farm, tp, QUICK, "auto")
 
 
-def test_gloo_gives_the_whole_linear(linear_farm: Farm) -> None:
-    check(linear_farm, 3, ("sym_int4",), "gloo")
+def test_gloo_gives_the_whole_linear(model_farm: Farm) -> None:
+    check(model_farm, 3, ("sym_int4",), "gloo")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 3, 4])
-def test_ranks_give_the_whole_linear_in_every_other_format(linear_farm: Farm, tp: int) -> None:
-    check(linear_farm, tp, tuple(name for name in FORMATS if name not in QUICK), "auto")
+def test_ranks_give_the_whole_linear_in_every_other_format(model_farm: Farm, tp: int) -> None:
+    check(model_farm, tp, tuple(name for name in FORMATS if name not in QUICK), "auto")
