@@ -20,14 +20,16 @@ def attach(model: nn.Module) -> nn.Module:
     """Give a model its `save_low_bit(directory)`, the call that users of the ancestors write.
 
     A Hugging Face model's `save_pretrained(directory)` does the same from here on: its own would write the packed
-    bytes without saying what they mean. Its `resize_token_embeddings` is refused in a sentence: embedding and head are
-    cut and packed.
+    bytes without saying what they mean. Embedding and head are cut and packed, so `resize_token_embeddings` and
+    the setters of both are a UsageError: the decoder would go on with the old ones.
     """
     model.save_low_bit = partial(save_low_bit, model)  # type: ignore[assignment]
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
     if hasattr(type(model), "resize_token_embeddings"):
         model.resize_token_embeddings = partial(_resize_token_embeddings, model)  # type: ignore[assignment]
+        for name in ("set_input_embeddings", "set_output_embeddings"):
+            setattr(model, name, partial(_refuse_another, name))
     return model
 
 
@@ -53,3 +55,7 @@ def _resize_token_embeddings(
         )
     found: nn.Module = embedding
     return found
+
+
+def _refuse_another(name: str, *args: Any, **kwargs: Any) -> None:
+    raise UsageError(f"{name} has no effect on a low-bit model; change the original model, save it, and quantize that")

@@ -337,6 +337,11 @@ BAD = {
         lambda m: m.resize_token_embeddings(VOCAB + 1),
         "keeps its 151 token embeddings, and resize_token_embeddings asks for 152",
     ),
+    "another embedding": (
+        lambda m: m.set_input_embeddings(torch.nn.Embedding(VOCAB, 96)),
+        "set_input_embeddings has no effect on a low-bit model",
+    ),
+    "another head": (lambda m: m.set_output_embeddings(torch.nn.Linear(96, VOCAB)), "set_output_embeddings has no eff"),
     "a padded vocabulary": (lambda m: m.resize_token_embeddings(pad_to_multiple_of=64), "a multiple of 64"),
     "a token out of range": (lambda m: m(torch.tensor([[VOCAB]])), "token"),
 }
