@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,43 @@ def test_the_layout_of_xpu_holds_the_weight(format: str) -> None:
     nibbles = torch.stack([words >> (4 * i) & 15 for i in range(8)], -1).reshape(7, 128)
     spread = [part.t().float().repeat_interleave(64, 1) for part in (scale, zeros)]
     assert torch.equal((nibbles.float() - spread[1]) * spread[0], dequantize(weight))
+
+
+def int4_product(x: torch.Tensor, words: torch.Tensor, group: int, scale: torch.Tensor, zeros: torch.Tensor):  # type: ignore[no-untyped-def]
+    """Compute what torch's operator is documented to, on the CPU, which has none of its own."""
+    kinds = (torch.float16, torch.int32, torch.float16, torch.int8)
+    assert tuple(part.dtype for part in (x, words, scale, zeros)) == kinds
+    assert all(part.is_contiguous() for part in (x, words, scale, zeros))
+    n, k = words.shape[0], x.shape[1]
+    assert (words.shape, scale.shape, zeros.shape) == ((n, k // 8), (k // group, n), (k // group, n))
+    nibbles = (words.long()[..., None] >> torch.arange(0, 32, 4) & 15).reshape(n, k)
+    scales, centers = (part.double().repeat_interleave(group, 0).T for part in (scale, zeros))
+    return (x.double() @ ((nibbles - centers) * scales).T).half()
+
+
+@pytest.fixture
+def int4_on_the_cpu() -> Iterator[None]:
+    """Register the operator's arithmetic for the CPU while a test runs; torch has it for Intel GPUs only."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_weight_int4pack_mm_with_scales_and_zeros", int4_product, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("int4_on_the_cpu")
+@pytest.mark.parametrize(("n", "k", "group"), [(7, 128, 64), (16, 96, 32), (5, 128, 128)])
+@pytest.mark.parametrize("format", INT4)
+def test_xpu_hands_its_operator_what_gives_the_product(format: str, n: int, k: int, group: int) -> None:
+    torch.manual_seed(2)
+    weight = quantize(torch.randn(n, k), format, group)
+    x = torch.randn(3, 2 * k)[:, ::2]  # not contiguous
+    kernel, spec = XpuInt4(), LinearSpec.of(weight, device="xpu")
+    y = torch.empty(3, n)
+    kernel.run(x, kernel.prepack(weight, spec), y)
+    exact = exact_linear(x, weight)
+    # docs/numerics.md: fp16 moves x by 2^-11 of itself, or half of its least step, and then the result likewise.
+    moved = x.double().abs().mul(2**-11).clamp(min=2**-25) @ dequantize(weight).double().abs().T
+    assert bool(((y - exact).abs() <= moved + (exact.abs() + moved).mul(2**-11).clamp(min=2**-25)).all())
 
 
 def test_a_device_gets_its_own_kernel() -> None:
