@@ -179,6 +179,20 @@ def cache_why_not(cache: Cache | None) -> str | None:
     return f"a cache of {odd[0]}" if odd else None
 
 
+def _check_held(cache: Cache, batch: PagedBatch, held: int) -> None:
+    """Refuse keys of other rows than the input's, or of another model, whose numbers would be spread or cut."""
+    keys = batch.blocks.store.keys
+    if len(cache.layers) != len(keys):
+        raise UsageError(f"the cache has {len(cache.layers)} layers and the model {len(keys)}; it is another model's")
+    for index, (layer, own) in enumerate(zip(cache.layers, keys, strict=True)):
+        expected = [batch.rows, own.shape[1], held, own.shape[3]]
+        if own.shape[1] and list(layer.keys.shape) != expected:
+            raise UsageError(
+                f"layer {index} of the cache holds keys of shape {list(layer.keys.shape)}; expected {expected}: the "
+                "input's rows, this model's heads, the tokens seen and the head size"
+            )
+
+
 def adopt(
     cache: Cache, program: Program, dtype: str, kept: torch.Tensor, device: str | torch.device = "cpu"
 ) -> PagedBatch:
@@ -194,6 +208,7 @@ def adopt(
             raise UsageError(
                 "the decoder cannot take over a sliding cache that has dropped tokens; start with an empty one"
             )
+        _check_held(cache, batch, held)
         batch.append(kept)
         for index, layer in enumerate(cache.layers):
             batch.write(index, layer.keys, layer.values)

@@ -19,6 +19,7 @@ from dist_lowbit import optimize_model
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.decoder.activation import FixedSilu
 from dist_lowbit.decoder.backbone import FusedBackbone
+from dist_lowbit.decoder.cache import PagedLayer
 from dist_lowbit.decoder.hf_attention import ATTENTION_NAME
 from tests.bounds import U
 from tests.decoder.exact_program import ExactProgram
@@ -362,6 +363,26 @@ def test_a_call_that_is_refused_leaves_the_cache_as_it_was(fused: LlamaForCausal
             with pytest.raises(UsageError, match="position_ids are"):
                 fused(ids[:, 30:], past_key_values=cache, position_ids=torch.arange(40)[None], **asked)
         assert torch.equal(fused(ids[:, 30:], past_key_values=cache).logits, fused(ids).logits[:, 30:])
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "text"),
+    [
+        (1, {}, r"layer 0 of the cache holds keys of shape \[2, 2, 9, 16\]; expected \[1, 2, 9, 16\]"),
+        (3, {}, r"holds keys of shape \[2, 2, 9, 16\]; expected \[3, 2, 9, 16\]"),
+        (2, {"num_key_value_heads": 1}, r"holds keys of shape \[2, 1, 9, 16\]; expected \[2, 2, 9, 16\]"),
+        (2, {"num_hidden_layers": 1}, "the cache has 1 layers and the model 3; it is another model's"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_not_taken_over(
+    rows: int, change: dict[str, int], text: str, plain: LlamaForCausalLM, fused: LlamaForCausalLM
+) -> None:
+    other = LlamaForCausalLM(LlamaConfig(**{**plain.config.to_dict(), **change})).eval()
+    with torch.inference_mode():
+        cache = other(prompts(2, 9), use_cache=True).past_key_values
+        with pytest.raises(UsageError, match=text):
+            fused(prompts(rows, 2), past_key_values=cache)
+    assert not any(isinstance(layer, PagedLayer) for layer in cache.layers)
 
 
 def test_attention_weights_on_two_ranks_are_refused_before_anything_changes(decoder_ranks: Any) -> None:
