@@ -286,7 +286,7 @@ def test_cheap_checks_come_before_heavy_imports(checkpoint: Path, tiny: Path, tm
 
 def test_an_empty_prompt_starts_from_nothing(checkpoint: Path, cli: Cli) -> None:
     done = cli("generate", checkpoint, "--greedy", "--max-new-tokens", 3, "--json")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, "no --prompt: starting from the model's beginning-of-text token\n")
     assert json.loads(done.out)["prompt_tokens"] == 1  # the sample model's <s>
 
 
