@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -41,14 +41,20 @@ def test_bits_per_weight_are_the_bytes_of_a_weight(row: object, group: int | Non
     assert weight.nbytes * 8 / (2 * k) == bits_per_weight(weight.format, weight.group_size)
 
 
-def test_the_command_prints_and_refreshes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dist_lowbit.formats"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_the_command_prints_and_refreshes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["formats", *words])
+        runpy.run_module("dist_lowbit.formats", run_name="__main__")
+
+    command()
+    printed = capsys.readouterr().out
     for name, section in SECTIONS.items():
         assert section() in printed, name
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- generated from formats: table -->\nold\n<!-- end generated -->\nb\n", encoding="utf-8")
-    subprocess.run([*command, str(page)], cwd=ROOT, check=True)
+    command(str(page))
     text = page.read_text(encoding="utf-8")
     assert text.startswith("a\n<!--")
     assert text.endswith("<!-- end generated -->\nb\n")
