@@ -140,6 +140,8 @@ _ONLY_OURS = (*(name for name in OPTIONS if name != "torch_dtype"), "modules_to_
 
 def _refuse_other_names(kwargs: dict[str, Any], caller: str) -> None:
     """Raise UsageError for a keyword that has another name here."""
+    if not kwargs.get("load_in_8bit", True):  # asks for nothing
+        del kwargs["load_in_8bit"]
     for name in _OTHER_NAMES.keys() & kwargs.keys():
         raise UsageError(f"{caller} has no argument {name!r}; write {_OTHER_NAMES[name]} instead")
 

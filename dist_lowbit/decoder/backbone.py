@@ -91,7 +91,13 @@ class FusedBackbone(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedBackbone:
         """Refuse to be moved: prepacked weights and a cache that lie elsewhere than the executor reads them."""
-        device = fn(torch.empty(0, device=self.device)).device
+        probe = fn(torch.empty(0, device=self.device))
+        device = probe.device
+        if device.type == "cpu" and probe.is_shared():
+            raise UsageError(
+                "this model cannot be moved to shared memory: its decoder reads the weights where they lie; load it in "
+                "each process, or with optimize_llm=False"
+            )
         if device != self.device:
             raise UsageError(
                 f"this model runs on {self.device} and cannot be moved to {device}; name the device where it is made, "
@@ -155,15 +161,15 @@ class FusedBackbone(nn.Module):
         counts = mask.sum(dim=1).tolist()
         present = [row for row, count in enumerate(counts) if count]
         batch.append(mask)
-        hidden = torch.zeros(rows, width, self.program.lm_head.in_features, device=self.device)
+        hidden = torch.zeros(rows, width, self.program.lm_head.in_features, dtype=torch.float32, device=self.device)
         if not present:
             return hidden
         begins = torch.tensor([0, *(counts[row] for row in present)], device="cpu").cumsum(0)
         lengths = [batch.blocks.lengths[row] for row in present]
         step = Step(
-            ids=None if ids is None else ids.cpu()[mask].to(torch.int32),
+            ids=None if ids is None else _narrow(ids.cpu()[mask]),
             embeds=None if embeds is None else embeds.cpu()[mask].float(),
-            positions=positions[mask].to(torch.int32),
+            positions=_narrow(positions[mask]),
             row_begin=begins.to(torch.int32),
             lengths=torch.tensor(lengths, dtype=torch.int32, device="cpu"),
             table=batch.blocks.table(present),
@@ -221,6 +227,11 @@ class FusedBackbone(nn.Module):
             yield
         finally:
             self.config._attn_implementation = ATTENTION_NAME
+
+
+def _narrow(numbers: torch.Tensor) -> torch.Tensor:
+    """Return int32; what does not fit becomes what the decoder refuses, not another token."""
+    return numbers.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
 
 
 def _check_kind(name: str, value: Any, kinds: tuple[type, ...]) -> None:

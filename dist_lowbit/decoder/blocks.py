@@ -33,6 +33,12 @@ class BlockTables:
         self._users = [0] * self.store.blocks
         self._free = list(range(self.store.blocks - 1, -1, -1))
 
+    def make_room(self, tokens: Sequence[int]) -> None:
+        """Have blocks for so many more tokens of each sequence, growing once for all of them; without memory for them
+        nothing has changed."""
+        tables = zip(tokens, self.lengths, self._tables, strict=True)
+        self._reserve(sum(max(0, -(-(length + more) // BLOCK_SLOTS) - len(table)) for more, length, table in tables))
+
     def extend(self, sequence: int, tokens: int) -> None:
         """Make room for `tokens` more of a sequence, in blocks that are its own, and count them."""
         table, start = self._tables[sequence], self.lengths[sequence]

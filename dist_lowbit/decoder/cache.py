@@ -45,7 +45,9 @@ class PagedBatch:
 
     def append(self, kept: torch.Tensor) -> None:
         """Make room for new padded positions, bool [B, T]."""
-        for row, count in enumerate(kept.sum(dim=1).tolist()):
+        counts = kept.sum(dim=1).tolist()
+        self.blocks.make_room(counts)
+        for row, count in enumerate(counts):
             self.blocks.extend(row, count)
         self.kept = torch.cat([self.kept, kept], dim=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ _FAULT = -16
 _NO_MEMORY = -3
 _POSITION = -21
 _FIRST_POSITIONS = 512
+_TABLE_POSITIONS = 1 << 20  # beyond these there is no table of all positions
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class NativeDecoder:
     """Run a program in compiled code, every step in one call that holds no lock of Python.
 
     For formats of integers the results are TorchDecoder's, bit for bit, for any number of threads and any instruction
-    set. Memory beside the weights: activations of up to 512 rows, kept from step to step.
+    set. Memory beside the weights: activations of up to 512 rows, kept from step to step. Threads take turns; over
+    several ranks their steps must come in the same order on each.
     """
 
     name = "native"
@@ -67,6 +70,7 @@ class NativeDecoder:
         self._handle = handle
         self._free = weakref.finalize(self, library.dlb_decoder_destroy, handle)
         self._angles: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(program.ropes)
+        self._turn = threading.Lock()  # the library's decoder is used by one thread at a time, and so is what follows
         self._ropes = (CRopeTable * max(1, len(program.ropes)))()
         self._by_length = any(rope.dynamic is not None for rope in program.ropes)
         bare = program.hidden if program.final_project is None else program.final_project.out_features
@@ -94,18 +98,19 @@ class NativeDecoder:
         Ids outside the vocabulary, lengths beyond the table and the like are UsageErrors and write nothing. A lost
         group is the CommError of its backend; the cache then holds a part of the step.
         """
-        if not self._free.alive:
-            raise UsageError("this decoder is closed")
-        c = self._filled(step)
-        width = self._widths[logits]
-        out = torch.empty(c.wanted_count, width, device="cpu")
-        c.logits, c.out, c.out_stride = int(logits), out.data_ptr(), width
-        status = self._library.dlb_decoder_step(self._handle, ctypes.byref(c))
-        if status == _POSITION and self._more_angles(step):
+        with self._turn:
+            if not self._free.alive:
+                raise UsageError("this decoder is closed")
+            c = self._filled(step)
+            width = self._widths[logits]
+            out = torch.empty(c.wanted_count, width, dtype=torch.float32, device="cpu")
+            c.logits, c.out, c.out_stride = int(logits), out.data_ptr(), width
             status = self._library.dlb_decoder_step(self._handle, ctypes.byref(c))
-        if status != 0:
-            self._raise(status, step)
-        return out
+            if status == _POSITION and self._more_angles(step):
+                status = self._library.dlb_decoder_step(self._handle, ctypes.byref(c))
+            if status != 0:
+                self._raise(status, step)
+            return out
 
     def times(self, reset: bool = False) -> Times:
         """Return where the time of all steps since the last reset went."""
@@ -127,6 +132,7 @@ class NativeDecoder:
         """Return the struct of a step; of the one before again, whose tensors have other contents now, as it is."""
         if self._last is not None and self._last() is step:
             return self._c
+        self._last = None  # until the struct is whole
         self._check_shapes(step)
         c = self._of_store(step.store)
         given = [_whole(t, torch.int32) for t in (step.positions, step.row_begin, step.lengths, step.table)]
@@ -169,8 +175,8 @@ class NativeDecoder:
         """Point to cos and sin for a step: of the positions seen so far, or of its rows where they go by the length."""
         for index, rope in enumerate(self.program.ropes):
             if rope.dynamic is not None:
-                self._set_angles(index, rope_table(rope, step.positions, step.row_begin))
-            elif self._angles[index] is None:
+                self._set_angles(index, rope_table(rope, step.positions, step.row_begin), by_row=True)
+            elif self._angles[index] is None or self._ropes[index].by_row:
                 self._set_angles(index, _angles(rope, _FIRST_POSITIONS))
 
     def _more_angles(self, step: Step) -> bool:
@@ -178,16 +184,20 @@ class NativeDecoder:
         highest, grown = int(step.positions.max()), False
         for index, rope in enumerate(self.program.ropes):
             known = self._angles[index]
-            if rope.dynamic is None and known is not None and known[0].shape[0] <= highest:
+            if rope.dynamic is not None or known is None or known[0].shape[0] > highest:
+                continue
+            if highest < _TABLE_POSITIONS:
                 self._set_angles(index, _angles(rope, 2 * (highest + 1)))
-                grown = True
+            else:  # for this step alone: a table of all positions would take gigabytes
+                self._set_angles(index, rope_table(rope, step.positions, step.row_begin), by_row=True)
+                self._last = None
+            grown = True
         return grown
 
-    def _set_angles(self, index: int, angles: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _set_angles(self, index: int, angles: tuple[torch.Tensor, torch.Tensor], by_row: bool = False) -> None:
         cos, sin = (each.contiguous() for each in angles)
         self._angles[index] = cos, sin
-        by_row = int(self.program.ropes[index].dynamic is not None)
-        self._ropes[index] = CRopeTable(cos.data_ptr(), sin.data_ptr(), cos.shape[0], by_row)
+        self._ropes[index] = CRopeTable(cos.data_ptr(), sin.data_ptr(), cos.shape[0], int(by_row))
 
     def _check_shapes(self, step: Step) -> None:
         """Refuse what the library cannot see: tensors of other sizes than the step says."""

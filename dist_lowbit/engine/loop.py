@@ -52,6 +52,7 @@ class DecodeLoop:
 
     def _step_of(self, rows: Sequence[Sequence[int]]) -> Step:
         blocks, positions = self._blocks, list[int]()
+        blocks.make_room([len(tokens) for tokens in rows])
         for sequence, tokens in enumerate(rows):
             if not tokens:
                 raise UsageError(f"sequence {sequence} is empty; a step takes at least one token of each")

@@ -59,7 +59,7 @@ def _encode_affine(row: Format, x: torch.Tensor) -> Encoded:
 
 
 def _encode_codebook(row: Format, x: torch.Tensor) -> Encoded:
-    table = torch.tensor(row.codebook)
+    table = torch.tensor(row.codebook, dtype=torch.float32)
     # Each finite value by its lowest code: -0.0 is the value 0.0 again and is never written.
     lowest = {value: c for c, value in reversed(list(enumerate(row.codebook))) if math.isfinite(value)}
     order = [lowest[value] for value in sorted(lowest)]
@@ -154,7 +154,7 @@ def _dequantize_rows(weight: PackedWeight) -> torch.Tensor:
 
     codes = weight.codes()
     if row.codec == "codebook":
-        return torch.tensor(row.codebook, device=codes.device)[codes.int()] * spread("scale")
+        return torch.tensor(row.codebook, dtype=torch.float32, device=codes.device)[codes.int()] * spread("scale")
     if row.offset == "zero_point":
         return (codes.float() - spread("zero_point")) * spread("scale")
     x = (codes.float() - row.center) * spread("scale")

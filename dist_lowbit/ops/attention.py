@@ -62,7 +62,7 @@ def _native_attention(
     if k.dtype not in _KV_TYPES or k.dtype != v.dtype:
         k, v = k.float(), v.float()
     q, k, v = _rows_contiguous(q.float()), _rows_contiguous(k), _rows_contiguous(v)
-    out = torch.empty(batch, rows, heads, v.shape[-1], device=q.device)
+    out = torch.empty(batch, rows, heads, v.shape[-1], dtype=torch.float32, device=q.device)
     args = _Args(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(),
         q_stride=_strides(q.stride()[:3]), k_stride=_strides(k.stride()[:3]), v_stride=_strides(v.stride()[:3]),

@@ -37,7 +37,7 @@ def _visible(
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """Return scale * dot of q [heads, rows, dim] with k [heads, slots, dim] as [heads, rows, slots]; dim % 16 == 0."""
-    lane = torch.zeros(*q.shape[:2], k.shape[1], LANES, device=q.device)
+    lane = torch.zeros(*q.shape[:2], k.shape[1], LANES, dtype=torch.float32, device=q.device)
     for t in range(0, q.shape[-1], LANES):
         lane = lane + q[:, :, None, t : t + LANES] * k[:, None, :, t : t + LANES]
     return lane_tree(lane) * scale
@@ -45,7 +45,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
 
 def _weigh(p: torch.Tensor, see: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return the sum over seen slots, one after the other, of p [heads, rows, slots] times v [heads, slots, dim]."""
-    o = torch.zeros(*p.shape[:2], v.shape[-1], device=p.device)
+    o = torch.zeros(*p.shape[:2], v.shape[-1], dtype=torch.float32, device=p.device)
     for j in range(v.shape[1]):
         o = torch.where(see[:, :, j, None], o + p[:, :, j, None] * v[:, None, j], o)
     return o
@@ -66,7 +66,8 @@ def _reference_rows(
 ) -> torch.Tensor:
     """Return attention [heads, rows, value_dim] of some rows of one sequence; k and v are given per query head."""
     state = q.new_full(q.shape[:2], float("-inf"))
-    total, out = torch.zeros_like(state), torch.zeros(*q.shape[:2], v.shape[-1], device=q.device)
+    total = torch.zeros_like(state)
+    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=torch.float32, device=q.device)
     seen = torch.zeros_like(state, dtype=torch.bool)
     count = k.shape[1]
     for chunk in range(start // CHUNK, (start + count - 1) // CHUNK + 1):

@@ -87,7 +87,7 @@ def _centered(weight: PackedWeight) -> torch.Tensor:
 
 def _segment(x: torch.Tensor, weight: PackedWeight, codes: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     row, columns, table = weight.format, _Columns(weight), integer_table(weight.format)
-    acc = torch.zeros(x.shape[0], weight.shape[0], device=x.device)
+    acc = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
     for at in range(start, stop, weight.block):
         block, end = at // weight.block, min(at + weight.block, stop)
         q, x_scale = quantize_block(x[:, at:end])
@@ -99,7 +99,7 @@ def _segment(x: torch.Tensor, weight: PackedWeight, codes: torch.Tensor, start: 
             dot = dot - columns.get("zero_point", block).double() * total
         scale = columns.get("scale", block)
         if table is not None:
-            scale = scale * torch.tensor(table[1], device=x.device)
+            scale = scale * torch.tensor(table[1], dtype=torch.float32, device=x.device)
         acc = acc + dot.float() * (scale * x_scale)
         if row.offset == "min":
             acc = acc + total.float() * (columns.get("min", block) * x_scale)
@@ -127,7 +127,9 @@ def segments(x: torch.Tensor, weight: PackedWeight, cuts: Sequence[int], compute
 def linear(x: torch.Tensor, weight: PackedWeight, cuts: Sequence[int], compute: str) -> torch.Tensor:
     """Return fp32 [M, N], the product of fp32 activations [M, K] with a packed weight (see the module)."""
     total = segment_tree(segments(x, weight, cuts, compute))
-    return torch.zeros(x.shape[0], weight.shape[0], device=x.device) if total is None else total
+    if total is not None:
+        return total
+    return torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

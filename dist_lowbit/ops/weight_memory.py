@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import weakref
 
 import torch
 
@@ -24,7 +25,7 @@ class WeightMemory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._piece: mmap.mmap | None = None
+        self._piece: weakref.ref[mmap.mmap] | None = None  # its tensors keep it
         self._used = 0
 
     def empty(self, size: int) -> torch.Tensor:
@@ -34,10 +35,11 @@ class WeightMemory:
         if size > _PIECE // 4:
             return torch.frombuffer(huge_pages(size), dtype=torch.uint8)
         with self._lock:
-            if self._piece is None or self._used + size > _PIECE:
-                self._piece, self._used = huge_pages(_PIECE), 0
-            piece, at = self._piece, self._used
-            self._used = at + -(-size // _ALIGNMENT) * _ALIGNMENT
+            piece = None if self._piece is None else self._piece()
+            if piece is None or self._used + size > _PIECE:
+                piece = huge_pages(_PIECE)
+                self._piece, self._used = weakref.ref(piece), 0
+            at, self._used = self._used, self._used + -(-size // _ALIGNMENT) * _ALIGNMENT
         return torch.frombuffer(piece, dtype=torch.uint8, count=size, offset=at)
 
 

@@ -13,7 +13,7 @@
 namespace dlb {
 namespace {
 
-constexpr int64_t kAhead = 6;  // tiles of keys or values between the one at work and the one asked for, in L1 still
+constexpr int64_t kAhead = 6;  // tiles of keys or values between the one at work and the one asked for
 
 inline int64_t pad16(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t kv_bytes(int32_t kv_type) { return kv_type == DLB_KV_FP32 ? 4 : kv_type == DLB_KV_INT8 ? 1 : 2; }

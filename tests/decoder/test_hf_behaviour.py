@@ -343,6 +343,7 @@ BAD = {
         "set_input_embeddings has no effect on a low-bit model",
     ),
     "another head": (lambda m: m.set_output_embeddings(torch.nn.Linear(96, VOCAB)), "set_output_embeddings has no eff"),
+    "shared memory": (lambda m: m.share_memory(), "cannot be moved to shared memory"),
     "a padded vocabulary": (lambda m: m.resize_token_embeddings(pad_to_multiple_of=64), "a multiple of 64"),
     "a token out of range": (lambda m: m(torch.tensor([[VOCAB]])), "token"),
 }

@@ -48,7 +48,6 @@ def test_pieces_are_followed_by_others() -> None:
 def test_a_piece_goes_with_the_last_weight_in_it() -> None:
     memory = WeightMemory()
     tensors = [memory.empty(12 << 20) for _ in range(6)]  # five in the first piece
-    assert memory._piece is not None
     start = tensors[0].data_ptr()
     assert _is_mapped(start)
     kept = tensors[4]
@@ -60,6 +59,18 @@ def test_a_piece_goes_with_the_last_weight_in_it() -> None:
     gc.collect()
     assert gone() is None
     assert not _is_mapped(start)
+
+
+def test_the_last_piece_goes_too() -> None:
+    memory = WeightMemory()
+    tensors = [memory.empty(12 << 20) for _ in range(2)]
+    start = tensors[0].data_ptr()
+    assert _is_mapped(start)
+    tensors.clear()
+    assert not _is_mapped(start)
+    again = memory.empty(12 << 20)
+    again.fill_(1)
+    assert int(again.sum()) == 12 << 20
 
 
 def _is_mapped(address: int) -> bool:
