@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from dist_lowbit.core.errors import UsageError
 from dist_lowbit.core.log import logger
 
+from .agree import check_same_input
 from .cache import PagedBatch, adopt, batch_of, cache_why_not, release
 from .hf_attention import ATTENTION_NAME
 from .program import Program
@@ -93,7 +94,7 @@ class FusedBackbone(nn.Module):
         """Refuse to be moved: prepacked weights and a cache that lie elsewhere than the executor reads them."""
         probe = fn(torch.empty(0, device=self.device))
         device = probe.device
-        if device.type == "cpu" and probe.is_shared():
+        if device.type == "cpu" and probe.is_shared():  # type: ignore[no-untyped-call]
             raise UsageError(
                 "this model cannot be moved to shared memory: its decoder reads the weights where they lie; load it in "
                 "each process, or with optimize_llm=False"
@@ -131,11 +132,12 @@ class FusedBackbone(nn.Module):
         _check_ids(input_ids)
         _check_kind("attention_mask", attention_mask, (torch.Tensor, dict))
         _check_embeds(inputs_embeds, self.program.lm_head.in_features)
-        _check_positions(position_ids, input_ids if inputs_embeds is None else inputs_embeds)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        _check_positions(position_ids, given)
+        check_same_input(self.program.embed.group, given, attention_mask)
         why = self._why_not(attention_mask, position_ids, rest) or cache_why_not(past_key_values)
         if why is not None:
             return self._hugging_face(why, inputs | rest)
-        given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise UsageError("give the model either input_ids or inputs_embeds")
         keep = getattr(self.config, "use_cache", True) if use_cache is None else use_cache

@@ -150,6 +150,29 @@ def hugging_face_forward(job: Job) -> Any:
 
 
 @torch.inference_mode()
+def other_tokens(job: Job) -> Any:
+    """Draw samples with a seed of each rank's own, then with one; return what was said and drawn."""
+    said: list[str] = []
+    with init_group() as group:
+        model = low_bit_model("llama", "sym_int4", "fp32", group)
+        drawn: list[int] = []
+        for seed in (group.rank, 7):
+            torch.manual_seed(seed)
+            ids = torch.tensor([TEXT])
+            try:
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=12)
+                drawn = out[0].tolist()
+            except UsageError as error:
+                said.append(str(error))
+        for width in (3, 3 + group.rank):
+            try:
+                model(torch.tensor([TEXT[:width]]), output_hidden_states=True)
+            except UsageError as error:
+                said.append(str(error))
+    return {"said": said, "drawn": drawn}
+
+
+@torch.inference_mode()
 def refused_attentions(job: Job) -> Any:
     """Ask for attention weights in the middle of a text; return what was logged and raised, and whether it goes on."""
     told: list[str] = []

@@ -391,6 +391,14 @@ def test_attention_weights_on_two_ranks_are_refused_before_anything_changes(deco
         assert rank == {"told": [], "refused": 2, "same": True}
 
 
+def test_ranks_that_go_on_with_different_tokens_are_refused_together(decoder_ranks: Any) -> None:
+    ranks = decoder_ranks("other_tokens", 2)[1]
+    assert ranks[0] == ranks[1]
+    assert len(ranks[0]["drawn"]) > 12
+    assert len(ranks[0]["said"]) == 2
+    assert all(said.startswith("rank 1 was called with other tokens than rank 0; ") for said in ranks[0]["said"])
+
+
 def test_a_vocabulary_of_the_same_size_is_no_change(fused: LlamaForCausalLM) -> None:
     assert fused.resize_token_embeddings(VOCAB) is fused.get_input_embeddings() is fused.resize_token_embeddings()
 
