@@ -15,6 +15,7 @@ from dist_lowbit.assembly.hf_quantizer import register
 from dist_lowbit.assembly.hub import resolve
 from dist_lowbit.assembly.inference import InferenceEngine, split_model
 from dist_lowbit.assembly.mode import switched
+from dist_lowbit.assembly.paths import require_path
 from dist_lowbit.assembly.skeleton import low_memory_init
 from dist_lowbit.checkpoint import is_checkpoint as is_low_bit
 from dist_lowbit.comm import Group
@@ -91,9 +92,10 @@ def convert(
 
     Never holds the whole model: peak memory is a few tensors. The result loads at any number of ranks.
     """
+    target = require_path(directory, "convert", "a directory to write")
     recipe = Recipe(low_bit, group_size, modules_to_not_convert or ())
     source = resolve(str(model), revision)
-    _convert.convert(source, Path(directory).expanduser(), recipe, tp, trust_remote_code=trust_remote_code)
+    _convert.convert(source, Path(target).expanduser(), recipe, tp, trust_remote_code=trust_remote_code)
 
 
 # Arguments of DeepSpeed's init_inference that ask for what is so anyway, with the values that do.

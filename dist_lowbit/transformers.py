@@ -6,7 +6,8 @@ model = AutoModelForCausalLM.from_pretrained(path, load_in_4bit=True, tensor_par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,6 +71,7 @@ class _LowBitAuto:
         torch_dtype, group_size, compute, decoder, kv_cache_dtype, device (or device_map, of one device for all);
         optimize_model=False keeps Hugging Face's forward.
         """
+        _check_switches(load_in_4bit=load_in_4bit, optimize_model=optimize_model)
         if load_in_4bit and load_in_low_bit not in (None, "sym_int4"):
             raise UsageError(f"load_in_4bit means sym_int4, but load_in_low_bit is {load_in_low_bit!r}; give one")
         low_bit = "sym_int4" if load_in_4bit else load_in_low_bit
@@ -95,7 +97,8 @@ class _LowBitAuto:
             kwargs |= {"trust_remote_code": trust_remote_code}
             model: nn.Module = cls.hf.from_pretrained(str(directory), **kwargs)
             return model
-        group_size, mode = read_options(_renamed(kwargs), f"{cls.__name__}.from_pretrained")
+        named = _keywords(cls.from_pretrained)
+        group_size, mode = read_options(_renamed(kwargs), f"{cls.__name__}.from_pretrained", named=named)
         recipe = Recipe(low_bit or _own_format(directory), group_size, modules_to_not_convert or ())
         return from_source(
             cls.hf,
@@ -117,6 +120,7 @@ class _LowBitAuto:
         **kwargs: Any,
     ) -> nn.Module:
         """Load a directory written by save_low_bit or convert; anything else is a UsageError. See from_pretrained."""
+        _check_switches(optimize_model=optimize_model)
         name = require_path(pretrained_model_name_or_path, f"{cls.__name__}.load_low_bit", "a directory or hub id")
         _refuse_other_names(kwargs, cls.__name__)
         group, local_rank = join_ranks(tensor_parallel, _renamed(kwargs).get("device"))
@@ -127,7 +131,8 @@ class _LowBitAuto:
     def _load(
         cls, directory: Path, group: Group, optimize_llm: bool, trust_remote_code: bool, kwargs: dict[str, Any]
     ) -> nn.Module:
-        mode = mode_options(_renamed(kwargs), f"{cls.__name__} with a low-bit checkpoint")
+        named = _keywords(cls.load_low_bit)
+        mode = mode_options(_renamed(kwargs), f"{cls.__name__} with a low-bit checkpoint", named)
         with together(group):
             config = read_config(directory, trust_remote_code)
             model = empty_model(cls.hf, config, directory, trust_remote_code)
@@ -136,6 +141,24 @@ class _LowBitAuto:
 
 # What Hugging Face's own from_pretrained has no use for.
 _ONLY_OURS = (*(name for name in OPTIONS if name != "torch_dtype"), "modules_to_not_convert")
+
+
+# Names of transformers that are read as one of ours, or change nothing here (see _renamed).
+_HARMLESS = ("low_cpu_mem_usage", "use_cache")
+_THEIRS = ("dtype", "device_map", *_HARMLESS)
+
+
+def _keywords(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the keywords that a method names, and those of transformers beside them."""
+    parameters = inspect.signature(method).parameters.values()
+    return (*(each.name for each in parameters if each.kind is each.KEYWORD_ONLY), *_THEIRS)
+
+
+def _check_switches(**switches: Any) -> None:
+    """Raise UsageError for a switch that is neither on, off nor None: every text but the empty one counts as true."""
+    for name, value in switches.items():
+        if value is not None and not isinstance(value, bool):
+            raise UsageError(f"{name} is {value!r}; expected True or False")
 
 
 def _refuse_other_names(kwargs: dict[str, Any], caller: str) -> None:
@@ -161,7 +184,7 @@ def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
     result = dict(kwargs)
     if "dtype" in result:  # transformers' newer name
         result["torch_dtype"] = result.pop("dtype")
-    for harmless in ("low_cpu_mem_usage", "use_cache"):
+    for harmless in _HARMLESS:
         result.pop(harmless, None)
     device_map = result.pop("device_map", None)
     if device_map is not None and device_map != "auto":

@@ -29,20 +29,23 @@ _MODE = ("torch_dtype", "compute", "decoder", "kv_cache_dtype", "device")
 OPTIONS = (*_MODE, "group_size")  # of the calls that quantize
 
 
-def read_options(kwargs: dict[str, Any], caller: str, known: tuple[str, ...] = OPTIONS) -> tuple[int | None, Mode]:
+def read_options(
+    kwargs: dict[str, Any], caller: str, known: tuple[str, ...] = OPTIONS, named: tuple[str, ...] = ()
+) -> tuple[int | None, Mode]:
     """Return the group size and the mode that the further options of a call ask for.
 
-    An unknown option is a UsageError listing `known`.
+    An unknown option is a UsageError listing `known`; with `named`, which the caller has taken already, before them.
     """
     unknown = sorted(kwargs.keys() - set(known))
     if unknown:
-        raise UsageError(f"{caller} has no argument {unknown[0]!r}; its further arguments are {', '.join(known)}")
+        which = "arguments" if named else "further arguments"
+        raise UsageError(f"{caller} has no argument {unknown[0]!r}; its {which} are {', '.join((*named, *known))}")
     return kwargs.get("group_size"), mode_here(**{name: kwargs.get(name) for name in _MODE})
 
 
-def mode_options(kwargs: dict[str, Any], caller: str) -> Mode:
+def mode_options(kwargs: dict[str, Any], caller: str, named: tuple[str, ...] = ()) -> Mode:
     """Return the mode alone, for what is quantized already (see read_options)."""
-    return read_options(kwargs, caller, _MODE)[1]
+    return read_options(kwargs, caller, _MODE, named)[1]
 
 
 def block_under(recipe: Recipe, name: str) -> int:

@@ -23,10 +23,13 @@ def expand(path: str | Path) -> Path:
 
 
 def require_path(value: Any, caller: str, expected: str) -> str:
-    """Return a path, or a hub id, as text; another kind of argument is a UsageError."""
+    """Return a path, or a hub id, as text; another kind of argument, or an empty one, is a UsageError."""
     if not isinstance(value, (str, os.PathLike)):
         raise UsageError(f"{caller} takes {expected}, and was given a {type(value).__name__} for the directory")
-    return os.fspath(value)
+    path = os.fspath(value)
+    if not path:  # which pathlib takes for the current directory
+        raise UsageError(f"{caller} takes {expected}, and was given an empty string for the directory")
+    return path
 
 
 def require_checkpoint(path: str | Path) -> Path:

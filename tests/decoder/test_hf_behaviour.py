@@ -7,7 +7,9 @@ than that do not occur with these seeds, which the first test checks.
 from __future__ import annotations
 
 import copy
+import io
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -265,6 +267,15 @@ def test_a_copied_cache_goes_on_by_itself(fused: LlamaForCausalLM) -> None:
         rest = fused(ids[:, 30:], past_key_values=whole).logits
         assert torch.equal(rest, fused(ids).logits[:, 30:])
         assert torch.equal(other, fused(torch.cat([ids[:, :30], ids[:, :5]], 1)).logits[:, 30:])
+
+
+def test_pickling_says_what_to_call_and_copying_works(fused: LlamaForCausalLM) -> None:
+    for write in (lambda: torch.save(fused, io.BytesIO()), lambda: pickle.dumps(fused)):
+        with pytest.raises(UsageError, match=r"is not pickled; call save_low_bit\(directory\)$"):
+            write()
+    ids = prompts(1, 6)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(fused)(ids).logits, fused(ids).logits)
 
 
 def test_a_cache_moves_between_the_forwards(plain: LlamaForCausalLM, fused: LlamaForCausalLM) -> None:

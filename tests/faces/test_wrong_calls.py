@@ -13,7 +13,7 @@ from torch import nn
 import dist_lowbit
 import dist_lowbit.sample
 from dist_lowbit.core.errors import UsageError
-from dist_lowbit.optimize import load_low_bit, optimize_model
+from dist_lowbit.optimize import convert, load_low_bit, optimize_model
 from dist_lowbit.transformers import AutoModelForCausalLM
 
 SAMPLE = str(dist_lowbit.sample.path())
@@ -105,6 +105,22 @@ PATHS: dict[str, tuple[Callable[[], Any], str]] = {
         r"no low-bit checkpoint .* or load it by from_pretrained\(load_in_4bit",
     ),
     "saving nowhere": (lambda: OPTIMIZE(mlp()).save_low_bit(None), "save_low_bit takes a directory to write"),
+    "saving to no name": (
+        lambda: OPTIMIZE(mlp()).save_low_bit(""),
+        "save_low_bit takes a directory to write, and was given an empty string for the directory",
+    ),
+    "converting to no name": (
+        lambda: convert(SAMPLE, ""),
+        "convert takes a directory to write, and was given an empty",
+    ),
+    "4 bit as a text": (
+        lambda: AUTO.from_pretrained(SAMPLE, load_in_4bit="no"),
+        "load_in_4bit is 'no'; expected True or False",
+    ),
+    "steps as a text": (
+        lambda: AUTO.load_low_bit(SAMPLE, optimize_model="yes"),
+        "optimize_model is 'yes'; expected True or False",
+    ),
 }
 
 
