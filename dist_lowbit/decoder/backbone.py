@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -79,6 +79,10 @@ class FusedBackbone(nn.Module):
         original, program = copy.deepcopy((self._original[0], self.program), memo)
         executor = type(self.executor)(program, str(self.executor.device))  # type: ignore[call-arg]
         return FusedBackbone(original, executor, self.kv_cache_dtype, self._no_fallback)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse torch.save and pickle: what an executor holds lives in this process alone."""
+        raise UsageError("a low-bit model on the fused decoder is not pickled; call save_low_bit(directory)")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,7 +6,6 @@ import ctypes
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 
@@ -81,10 +80,6 @@ class NativeDecoder:
         self._given: list[torch.Tensor] = []
         self._last: weakref.ref[Step] | None = None
         self._store: tuple[weakref.ref[KvStore], list[object]] | None = None
-
-    def __reduce__(self) -> NoReturn:
-        """Refuse torch.save and pickle with a UsageError: what the library holds lives in this process alone."""
-        raise UsageError("a low-bit model on the compiled decoder is not pickled; call save_low_bit(directory)")
 
     @staticmethod
     def why_not(program: Program, store_dtype: str, device: str) -> str | None:
