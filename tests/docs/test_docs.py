@@ -20,8 +20,8 @@ from dist_lowbit.formats.table import USER_FORMATS
 ROOT = Path(__file__).parent.parent.parent
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("install", "migrate"))]
 LINKED = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "launcher/README.md", ROOT / "kernels/README.md"})
-# Commands that the packaging tests, `make test` and `make demo` themselves run, and one that needs PyTorch's index.
-ELSEWHERE = ("make ", "pip install dist/", "pip install --no-deps oneccl-devel ", "pip install torch --index-url ")
+# Commands that the packaging tests, `make test` and `make demo` themselves run.
+ELSEWHERE = ("make ", "pip install dist/", "pip install --no-deps oneccl-devel ")
 
 
 @dataclass(frozen=True)
