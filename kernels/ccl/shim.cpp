@@ -43,6 +43,8 @@ constexpr size_t kInside = 16 * 1024;  // bytes of data in an envelope: a row of
 constexpr size_t kSmall = 256 * 1024;  // up to here each rank adds everything, above each adds one slice
 constexpr int kBytes = 3;              // the "dtype" of calls that only move bytes
 constexpr int64_t kLook = 20000000;    // nanoseconds of waiting between two looks at the peers
+constexpr int kYields = 2000;          // turns of waiting before the core is offered to others
+constexpr int kNaps = 4000;            // turns before the thread sleeps in between
 
 // The same fields as in Python's HEADER.
 struct Header {
@@ -108,24 +110,25 @@ int fail(dlb_ccl* g, int status) {
 }
 
 int wait(dlb_ccl* g, ccl::event event) {
-    for (int n = 0; n < 2000; n++)
-        if (event.test()) return kOk;
+    if (event.test()) return kOk;
     const int64_t began = now();
     int64_t looked = began;
+    // The clock at every turn: a test during which oneCCL cannot reach a peer that is gone may take milliseconds.
     for (int turn = 0;; turn++) {
         if (event.test()) return kOk;
         const int64_t t = now();
-        if (turn < 2000) {
-            sched_yield();
-        } else {
+        if (t - looked >= kLook) {
+            looked = t;
+            if (g->look(g->number, double(t - began) * 1e-9)) {
+                new ccl::event(std::move(event));  // oneCCL still works on it: it must not be destroyed
+                return fail(g, kGivenUp);
+            }
+        }
+        if (turn >= kNaps) {
             const timespec nap = {0, 50000};
             nanosleep(&nap, nullptr);
-        }
-        if (t - looked < kLook) continue;
-        looked = t;
-        if (g->look(g->number, double(t - began) * 1e-9)) {
-            new ccl::event(std::move(event));  // oneCCL still works on it: it must not be destroyed
-            return fail(g, kGivenUp);
+        } else if (turn >= kYields) {
+            sched_yield();
         }
     }
 }

@@ -20,6 +20,7 @@ from tests.comm.harness import ROOT, Farm
 
 PAIR = RankInfo(1, 2, 1, 2, "127.0.0.1", 1, "test")
 OFI = {"CCL_ATL_TRANSPORT": "ofi", "CCL_PROCESS_LAUNCHER": "none", "FI_PROVIDER": "tcp"}
+OFI |= {"CCL_ATL_OFI_MAX_RETRY_COUNT": "10"}
 ALWAYS = {"CCL_LOG_LEVEL": "error", "CCL_WORKER_OFFLOAD": "0"}
 
 ENVIRONMENTS = {
