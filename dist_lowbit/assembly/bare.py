@@ -46,7 +46,7 @@ class BareBase(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: transformers has no forward for this family."""
         kind = self.config.model_type
-        raise UsageError(f"a {kind} model runs on the fused decoder only; load it with optimize_llm=True")
+        raise UsageError(f"a {kind} model runs on the fused decoder only; leave the decoder (and optimize_llm) on")
 
 
 class BareForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]

@@ -173,7 +173,7 @@ def build(
     if cut and target.family is not None and target.family.own_decoder and not mode.optimize_llm:
         raise PlanError(
             f"Hugging Face's forward of {target.family.model_type} cannot run on a part of the heads; "
-            f"leave optimize_llm on, or run on one rank"
+            f"leave the decoder (and optimize_llm) on, or run on one rank"
         )
     left = frozenset() if cut or (target.family is not None and mode.optimize_llm) else kept
     experts = f"{target.family.names.experts}." if target.family is not None and target.family.names.experts else None

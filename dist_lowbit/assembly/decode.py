@@ -76,7 +76,8 @@ def check_group(group: Group, mode: Mode) -> None:
     if group.size > 1 and kind not in group.device_types:
         raise UsageError(
             f"device is {mode.device!r}, and the group {group.name} adds tensors on {', '.join(group.device_types)} "
-            "alone; set DIST_LOWBIT_BACKEND to nccl for cuda, to xccl for xpu"
+            "alone; set DIST_LOWBIT_BACKEND to nccl for cuda, to xccl for xpu",
+            argument="device",
         )
 
 
@@ -85,19 +86,22 @@ def require_decoder(model: nn.Module, target: Target, mode: Mode) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if target.family is None and mode.decoder in ("native", "torch"):
         raise UsageError(
-            f"decoder is {mode.decoder!r}, and {kind or type(model).__name__} is of no family it knows; leave it out"
+            f"decoder is {mode.decoder!r}, and {kind or type(model).__name__} is of no family it knows; leave it out",
+            argument="decoder",
         )
     if mode.kv_cache_dtype != "auto" and (target.family is None or not mode.optimize_llm):
         raise UsageError(
             f"kv_cache_dtype is {mode.kv_cache_dtype!r}, and Hugging Face's forward, which runs this model, has "
-            "a cache of its own; leave it out"
+            "a cache of its own; leave it out",
+            argument="kv_cache_dtype",
         )
     if target.family is None and kind is not None and mode.optimize_llm:
         logger.warning("%s is no known family: Hugging Face's forward runs it, over low-bit Linears", kind)
     if target.family is None and mode.device_type != "cpu":
         raise UsageError(
             f"device is {mode.device!r}, where models of known families run alone, and {type(model).__name__} is of "
-            "none; leave device out"
+            "none; leave it out",
+            argument="device",
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from dist_lowbit.core.errors import UsageError
 from dist_lowbit.quantize import Recipe
 
 from .mode import dtype_name
@@ -34,9 +35,13 @@ _TOKENIZER_FILES = (
 
 
 def check_target(directory: Path) -> None:
-    """Create a directory to save into; one that holds another model's weights is a UsageError."""
+    """Create a directory to save into; one that cannot be, or holds another model's weights, is a UsageError."""
     refuse_target(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise UsageError(f"cannot make the directory {directory} to save into: {why}; choose another place") from error
 
 
 def quantization_config(recipe: Recipe) -> dict[str, Any]:

@@ -22,13 +22,16 @@ def expand(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def require_path(value: Any, caller: str, expected: str) -> str:
-    """Return a path, or a hub id, as text; another kind of argument, or an empty one, is a UsageError."""
+def require_path(value: Any, caller: str, expected: str, what: str = "the directory") -> str:
+    """Return a path, or a hub id, as text; another kind of argument, or an empty one, is a UsageError.
+
+    caller, expected: the call, and what it takes. what: the argument that `value` is.
+    """
     if not isinstance(value, (str, os.PathLike)):
-        raise UsageError(f"{caller} takes {expected}, and was given a {type(value).__name__} for the directory")
+        raise UsageError(f"{caller} takes {expected}, and was given a {type(value).__name__} for {what}")
     path = os.fspath(value)
     if not path:  # which pathlib takes for the current directory
-        raise UsageError(f"{caller} takes {expected}, and was given an empty string for the directory")
+        raise UsageError(f"{caller} takes {expected}, and was given an empty string for {what}")
     return path
 
 
@@ -79,7 +82,7 @@ def refuse_target(directory: Path) -> None:
 def check_conversion(source: Path, directory: Path, tp: int) -> None:
     """Refuse a conversion that cannot work, as far as paths and numbers tell. A hub id is no path yet: it passes."""
     if not isinstance(tp, int) or not 1 <= tp <= _MOST_FILES:
-        raise UsageError(f"--tp is {tp!r}; expected a number of rank files from 1 to {_MOST_FILES}")
+        raise UsageError(f"tp is {tp!r}; expected a number of rank files from 1 to {_MOST_FILES}", argument="tp")
     if is_checkpoint(source):
         raise UsageError(f"{source} is already a low-bit checkpoint; give the original model to convert")
     if source.is_dir() and not (source / "config.json").is_file():

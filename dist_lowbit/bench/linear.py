@@ -164,7 +164,7 @@ def formats_named(text: str) -> list[str]:
     """Return the formats of a list such as "sym_int4,bf16", or all that users choose from for "all"."""
     if text == "all":
         return [name for name in USER_FORMATS if name in FORMATS]
-    return [lookup(name.strip()).name for name in text.split(",")]
+    return [lookup(name.strip(), "format").name for name in text.split(",")]
 
 
 def run(sweep: Sweep, read_bytes: int | None = None, cache: int | None = None) -> Iterator[Line]:

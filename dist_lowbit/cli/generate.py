@@ -26,6 +26,7 @@ from .options import (
     TopK,
     TopP,
     TrustRemoteCode,
+    check_greedy,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text from a prompt, and say how fast."""
+    check_greedy(context)
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     check_limit(max_new_tokens)
     check_choices(decoder, kv_cache_dtype)

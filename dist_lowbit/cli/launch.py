@@ -12,12 +12,9 @@ from dist_lowbit.core.settings import check_choice
 
 def check_choices(decoder: str | None, kv_cache_dtype: str | None) -> None:
     """Refuse a decoder or a cache's dtype that there is none of, before anything is imported or started."""
-    for name, option, value in (
-        ("decoder", "--decoder", decoder),
-        ("kv_cache_dtype", "--kv-cache-dtype", kv_cache_dtype),
-    ):
+    for name, value in (("decoder", decoder), ("kv_cache_dtype", kv_cache_dtype)):
         if value is not None:
-            check_choice(name, option, value)
+            check_choice(name, name, value)
 
 
 def start_ranks(directory: Path, ranks: int | None, bind: str, words: Sequence[str], device: str = "cpu") -> int | None:

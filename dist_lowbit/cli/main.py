@@ -94,14 +94,21 @@ def _run(words: list[str]) -> int:
     except typer.Abort:
         return 130
     except _BadCommandLine as error:
-        return _tell(error.format_message(), error.exit_code)
+        return _tell(_with_value(error), error.exit_code)
     except DistLowbitError as error:
-        return _tell(str(error), error.exit_code)
+        return _tell(error.with_option(), error.exit_code)
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
         return _tell(f"{error.filename}: {error.strerror}", UsageError.exit_code)
     return code if isinstance(code, int) else 0
+
+
+def _with_value(error: Any) -> str:
+    """Return what typer says of a bad command line, with the word that it could not read where it leaves that out."""
+    message: str = error.format_message()
+    found = [each["input"] for each in getattr(error.__cause__, "errors", list)()]  # pydantic's, which typer asks
+    return f"{message}; found {found[0]!r}" if found else message
 
 
 def _tell(message: str, code: int) -> int:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dist_lowbit.core.errors import UsageError
+
 Checkpoint = Annotated[Path, typer.Argument(help="A low-bit checkpoint.")]
 Ranks = Annotated[
     int | None, typer.Option("-n", help="Ranks to start. Default: those this process was started with, else one.")
@@ -28,3 +30,15 @@ Temperature = Annotated[float, typer.Option(help="Flattens (above 1) or sharpens
 TopK = Annotated[int, typer.Option(help="Draw from so many most likely tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option(help="Draw from the most likely tokens of so much probability.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+def check_greedy(context: typer.Context) -> None:
+    """Refuse options of drawing beside --greedy, which has no use for them."""
+    for name in ("temperature", "top_k", "top_p"):
+        source = context.get_parameter_source(name)
+        if context.params["greedy"] and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"{name} is {context.params[name]}, and --greedy always takes the most likely token; leave one of the "
+                "two out",
+                argument=name,
+            )

@@ -12,6 +12,17 @@ class DistLowbitError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str, *, argument: str | None = None) -> None:
+        """argument: the name in `message` that users of Python write, where the command line has an option for it."""
+        super().__init__(message)
+        self.argument = argument
+
+    def with_option(self) -> str:
+        """Return the message as the command line says it: kv_cache_dtype is --kv-cache-dtype there."""
+        if self.argument is None:
+            return str(self)
+        return str(self).replace(self.argument, f"--{self.argument.replace('_', '-')}", 1)
+
 
 class UsageError(DistLowbitError):
     """An argument, a setting or a path that cannot be honoured."""

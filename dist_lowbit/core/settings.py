@@ -42,7 +42,8 @@ def check_choice(name: str, called: str, value: object) -> None:
     """Raise UsageError if `value` is none of CHOICES[name]; the sentence calls it `called`."""
     choices = CHOICES[name]
     if value not in choices:
-        raise UsageError(f"{called} is {value!r}; expected {', '.join(choices[:-1])} or {choices[-1]}")
+        sentence = f"{called} is {value!r}; expected {', '.join(choices[:-1])} or {choices[-1]}"
+        raise UsageError(sentence, argument=name if called == name else None)
 
 
 def parse(environ: Mapping[str, str]) -> Settings:

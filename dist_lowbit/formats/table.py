@@ -129,12 +129,15 @@ ALIASES = {"fp8": "fp8_e5m2"}  # the name that users of the ancestors write
 USER_FORMATS = tuple(row.name for row in _ROWS[:12]) + tuple(ALIASES)  # the names `low_bit=` is documented with
 
 
-def lookup(name: str) -> Format:
-    """Return the row of a format's name or alias; an unknown name is a FormatError that lists the names."""
+def lookup(name: str, called: str = "low_bit") -> Format:
+    """Return the row of a format's name or alias; an unknown name is a FormatError that lists the names.
+
+    called: the argument that the name was given as.
+    """
     row = FORMATS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
     if row is None:
         names = ", ".join([*FORMATS, *ALIASES])
-        raise FormatError(f"unknown low_bit {name!r}; expected one of {names}")
+        raise FormatError(f"unknown {called} {name!r}; expected one of {names}", argument=called)
     return row
 
 
@@ -150,5 +153,8 @@ def check_group_size(row: Format, group_size: int | None) -> int:
     if group_size is None:
         return row.group_size
     if type(group_size) is not int or (group_size != -1 and (group_size < 32 or group_size % 32)):
-        raise FormatError(f"group_size is {group_size!r}; expected a multiple of 32, or -1 for one group per row")
+        raise FormatError(
+            f"group_size is {group_size!r}; expected a multiple of 32, or -1 for one group per row",
+            argument="group_size",
+        )
     return group_size

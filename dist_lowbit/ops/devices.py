@@ -23,11 +23,13 @@ def usable_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device is {name!r}; torch {torch.__version__} has {have} here") from error
+        sentence = f"device is {name!r}; torch {torch.__version__} has {have} here"
+        raise UsageError(sentence, argument="device") from error
     if device.type != "cpu" and (device.index or 0) >= found.get(device.type, 0):
         raise UsageError(
             f"device is {str(device)!r}, and torch {torch.__version__} has {have} here; "
-            "install a torch for it, see that its driver shows it, or leave device out"
+            "install a torch for it, see that its driver shows it, or leave it out",
+            argument="device",
         )
     return device
 

@@ -84,9 +84,9 @@ def _patterns(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise UsageError(f"{expected}, found {value!r}")
+        raise UsageError(f"{expected}, found {value!r}", argument="modules_to_not_convert")
     patterns = tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:  # an empty substring would match every module
-            raise UsageError(f"{expected}, none of them empty; found {pattern!r}")
+            raise UsageError(f"{expected}, none of them empty; found {pattern!r}", argument="modules_to_not_convert")
     return patterns

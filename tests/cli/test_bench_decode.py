@@ -192,8 +192,8 @@ def test_the_table_has_a_row_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 REFUSED = {
     "shape": (["--shape", "llama9"], r"--shape is 'llama9'; expected a directory with a config\.json, or one of llama"),
     "directory": (["--shape", "."], r"\. holds no config\.json"),
-    "format": (["--low-bit", "int4"], r"unknown low_bit 'int4'; expected one of sym_int4"),
-    "group": (["--group-size", 7], r"group_size is 7; expected a multiple of 32"),
+    "format": (["--low-bit", "int4"], r"unknown --low-bit 'int4'; expected one of sym_int4"),
+    "group": (["--group-size", 7], r"--group-size is 7; expected a multiple of 32"),
     "threads": (["--threads", 4096], r"--threads is 4096 for each of 1 rank\(s\); this process may use \d+ core"),
     "tp": (["--tp", 0], r"--tp is 0; expected at least 1 rank"),
     "new": (["--new", 1], r"--new is 1; expected 2 or more"),
@@ -205,7 +205,7 @@ REFUSED = {
         r"--breakdown needs the compiled decoder, and .* runs by: forward",
     ),
     "decoder": (["--decoder", "fast"], r"decoder is 'fast'; expected"),
-    "cache": (["--kv-cache-dtype", "fp4"], r"kv_cache_dtype is 'fp4'; expected"),
+    "cache": (["--kv-cache-dtype", "fp4"], r"--kv-cache-dtype is 'fp4'; expected"),
 }
 
 

@@ -101,7 +101,7 @@ def test_the_table_has_a_row_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 REFUSED = {
-    "format": (["--format", "sym_int4,int4"], r"unknown low_bit 'int4'; expected one of sym_int4"),
+    "format": (["--format", "sym_int4,int4"], r"unknown --format 'int4'; expected one of sym_int4"),
     "n": (["--n", "many"], r"--n is 'many'; expected numbers of 1 or more"),
     "m 0": (["--m", "1,0"], r"--m is '1,0'; expected numbers of 1 or more"),
     "k -1": (["--k=-1"], r"--k is '-1'; expected numbers"),
@@ -109,7 +109,7 @@ REFUSED = {
     "isa": (["--isa", "mmx"], r"--isa is 'mmx'; expected one that this processor has: scalar"),
     "peer": (["--peer", "numpy"], r"--peer is 'numpy'; expected torch"),
     "compute": (["--compute", "fp64"], r"--compute is 'fp64'; expected int8 or fp32"),
-    "group": (["--group-size", 48], r"group_size is 48; expected a multiple of 32"),
+    "group": (["--group-size", 48], r"--group-size is 48; expected a multiple of 32"),
     "rounds": (["--rounds", 0], r"--rounds is '0'; expected"),
     "too large": (["--n", 10**9, "--k", 10**6], r"takes about \d+ MiB in 1 forms, and this machine has"),
 }

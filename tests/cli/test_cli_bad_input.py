@@ -60,15 +60,18 @@ Words = Callable[[Places], list[object]]
 MODELS: dict[str, tuple[Words, str]] = {
     "unknown format": (
         lambda p: ["convert", p.tiny, p.out, "--low-bit", "int4"],
-        r"unknown low_bit 'int4'; expected one of sym_int4, asym_int4,.*bf16",
+        r"unknown --low-bit 'int4'; expected one of sym_int4, asym_int4,.*bf16",
     ),
     "group of 48": (
         lambda p: ["convert", p.tiny, p.out, "--group-size", 48],
-        r"group_size is 48; expected a multiple of 32",
+        r"error: --group-size is 48; expected a multiple of 32",
     ),
     "tp 0": (lambda p: ["convert", p.tiny, p.out, "--tp", 0], r"--tp is 0; expected a number of rank files from 1"),
     "tp 100000": (lambda p: ["convert", p.tiny, p.out, "--tp", 100000], r"--tp is 100000; expected a number of rank"),
-    "empty pattern": (lambda p: ["convert", p.tiny, p.out, "--modules-to-not-convert", ""], r"none of them empty"),
+    "empty pattern": (
+        lambda p: ["convert", p.tiny, p.out, "--modules-to-not-convert", ""],
+        r"error: --modules-to-not-convert expects a list of names or globs, none of them empty",
+    ),
     "no path": (
         lambda p: ["convert", p.tmp / "no", p.out],
         r"/no does not exist; expected a model directory or a hub id",
@@ -79,6 +82,15 @@ MODELS: dict[str, tuple[Words, str]] = {
     "onto itself": (lambda p: ["convert", p.tiny, p.tiny], r"is the model itself; choose another directory"),
     "out is a file": (lambda p: ["convert", p.tiny, p.file()], r"/file is a file; expected a directory to save into"),
     "out in a file": (lambda p: ["convert", p.tiny, p.file() / "out"], r"/file is a file; expected a directory"),
+    "out cannot be made": (
+        lambda p: ["convert", p.tiny, "/proc/x"],
+        r"error: cannot make the directory /proc/x to save into: No such file or directory; choose another place",
+    ),
+    "out is nothing": (
+        lambda p: ["convert", p.tiny, ""],
+        r"convert takes a model and a directory to write, and was given an empty string for the directory",
+    ),
+    "model is nothing": (lambda p: ["convert", "", p.out], r"and was given an empty string for the model"),
     "out holds another": (
         lambda p: ["convert", p.tiny, p.other()],
         r"holds another model's weights \(pytorch_model\.bin\)",
@@ -115,7 +127,9 @@ MODELS: dict[str, tuple[Words, str]] = {
     "no argument": (lambda p: ["generate"], r"Missing argument '(?i:directory)'"),
     "no such verb": (lambda p: ["quantise"], r"No such command 'quantise'"),
     "run nothing": (lambda p: ["run"], r""),
-    "-n x": (lambda p: ["generate", p.checkpoint, "-n", "x"], r"Invalid value for '-n'"),
+    "-n x": (lambda p: ["generate", p.checkpoint, "-n", "x"], r"Invalid value for '-n': .*'x'"),
+    "-n 1.5": (lambda p: ["chat", p.checkpoint, "-n", "1.5"], r"Invalid value for '-n': .*'1\.5'"),
+    "top_p x": (lambda p: ["chat", p.checkpoint, "--top-p", "x"], r"Invalid value for '--top-p': .*'x'"),
     "-n 0": (lambda p: ["generate", p.checkpoint, "-n", 0], r"-n is 0; expected at least 1 rank"),
     "-n -1": (lambda p: ["chat", p.checkpoint, "-n", -1], r"-n is -1; expected at least 1 rank"),
     # 768 / 64 units of the MLP's sum, the most that any matrix of the sample model has.
@@ -126,28 +140,45 @@ MODELS: dict[str, tuple[Words, str]] = {
     "bind": (lambda p: ["generate", p.checkpoint, "--bind", "core:9"], r""),
     "max_new_tokens": (
         lambda p: ["generate", p.checkpoint, "--max-new-tokens", 0],
-        r"max_new_tokens is 0; expected at",
+        r"error: --max-new-tokens is 0; expected at",
     ),
     "temperature": (
         lambda p: ["generate", p.checkpoint, "--temperature", 0],
-        r"temperature is 0\.0; expected more than 0",
+        r"error: --temperature is 0\.0; expected more than 0",
     ),
-    "temperature nan": (lambda p: ["chat", p.checkpoint, "--temperature", "nan"], r"temperature is nan; expected more"),
+    "temperature nan": (
+        lambda p: ["chat", p.checkpoint, "--temperature", "nan"],
+        r"error: --temperature is nan; expected more",
+    ),
     "top_p": (
         lambda p: ["generate", p.checkpoint, "--top-p", 1.5],
-        r"top_p is 1\.5; expected more than 0 and at most 1",
+        r"error: --top-p is 1\.5; expected more than 0 and at most 1",
     ),
-    "top_k": (lambda p: ["generate", p.checkpoint, "--top-k", -1], r"top_k is -1; expected 0 \(off\) or more"),
-    "chat: top_k": (lambda p: ["chat", p.checkpoint, "--top-k", -1], r"top_k is -1; expected 0 \(off\) or more"),
-    "chat: top_p": (lambda p: ["chat", p.checkpoint, "--top-p", 0], r"top_p is 0\.0; expected more than 0 and at most"),
-    "seed": (lambda p: ["generate", p.checkpoint, "--seed", 1 << 63], r"seed is 9223372036854775808; expected 0 to"),
+    "top_k": (lambda p: ["generate", p.checkpoint, "--top-k", -1], r"error: --top-k is -1; expected 0 \(off\) or more"),
+    "chat: top_k": (
+        lambda p: ["chat", p.checkpoint, "--top-k", -1],
+        r"error: --top-k is -1; expected 0 \(off\) or more",
+    ),
+    "chat: top_p": (
+        lambda p: ["chat", p.checkpoint, "--top-p", 0],
+        r"error: --top-p is 0\.0; expected more than 0 and at most",
+    ),
+    "seed": (lambda p: ["generate", p.checkpoint, "--seed", 1 << 63], r"error: --seed is 92\d+; expected 0 to"),
+    **{
+        f"{verb}: greedy {option}": (
+            lambda p, verb=verb, option=option: [verb, p.checkpoint, "--greedy", option, "1"],  # type: ignore[misc]
+            rf"error: {option} is 1(\.0)?, and --greedy always takes the most likely token; leave one of the two out",
+        )
+        for verb in ("generate", "chat")
+        for option in ("--temperature", "--top-k", "--top-p")
+    },
     "decoder": (
         lambda p: ["generate", p.checkpoint, "--decoder", "fast"],
         r"--decoder is 'fast'; expected auto, native",
     ),
     "a cache without our decoder": (
         lambda p: ["generate", p.checkpoint, "--decoder", "off", "--kv-cache-dtype", "int8"],
-        r"kv_cache_dtype is 'int8', and Hugging Face's forward, which runs this model, has a cache of its own",
+        r"error: --kv-cache-dtype is 'int8', and Hugging Face's forward, which runs this model, has a cache of its own",
     ),
     "long prompt": (
         lambda p: ["generate", p.checkpoint, "--prompt", "the cat " * 1200],

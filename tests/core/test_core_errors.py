@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from dist_lowbit.core import errors
-from dist_lowbit.core.errors import CommError, DistLowbitError
+from dist_lowbit.core.errors import CommError, DistLowbitError, UsageError
 
 ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
 
@@ -25,6 +25,13 @@ def test_every_error_is_one_of_ours_and_documented(kind: type[DistLowbitError]) 
 def test_there_are_the_six_kinds() -> None:
     names = {"UsageError", "FormatError", "KernelError", "PlanError", "CheckpointError", "CommError"}
     assert names <= {kind.__name__ for kind in ALL}
+
+
+def test_an_argument_is_an_option_on_the_command_line() -> None:
+    error = UsageError("top_k is -1; expected 0 or more, or no top_k", argument="top_k")
+    assert str(error) == "top_k is -1; expected 0 or more, or no top_k"
+    assert error.with_option() == "--top-k is -1; expected 0 or more, or no top_k"
+    assert UsageError("top_k is -1").with_option() == "top_k is -1"
 
 
 def test_a_comm_error_names_the_rank_where_it_is_known() -> None:

@@ -117,7 +117,7 @@ def test_generate_on_a_device(monkeypatch: pytest.MonkeyPatch, one_thread: None)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "the compiled decoder": ({"decoder": "native"}, "the compiled decoder runs on the cpu; choose decoder='torch'"),
+    "the compiled decoder": ({"decoder": "native"}, "the compiled decoder runs on the cpu; take the decoder 'torch'"),
     "no decoder": ({"optimize_llm": False}, "Hugging Face's forward over low-bit Linears runs on the cpu"),
 }
 
