@@ -15,6 +15,7 @@ from dist_lowbit.comm import Group
 from dist_lowbit.core.errors import CheckpointError, PlanError
 from dist_lowbit.core.log import logger
 from dist_lowbit.decoder import IdleAttention, use_activation, use_attention
+from dist_lowbit.decoder.agree import check_every_call
 from dist_lowbit.decoder.build_program import activation_of
 from dist_lowbit.models import setting
 from dist_lowbit.parallel import LowBitLinear, ParallelEmbedding, Split
@@ -199,8 +200,9 @@ def build(
         config.tie_word_embeddings = False  # head and embedding are two tensors from here on
     if isinstance(config, PreTrainedConfig):
         config.dtype = mode.dtype
-    if target.family is not None and mode.optimize_llm:
-        use_decoder(model, target, group, mode)
+    fused = target.family is not None and mode.optimize_llm and use_decoder(model, target, group, mode)
+    if not fused and any(split.axis is not None for split in target.plan.splits.values()):
+        check_every_call(model if target.family is None else model.get_submodule(target.family.names.base), group)
     if any(isinstance(module, LowBitLinear) and module.kernel == "cpu" for module in model.modules()):
         ops.limit_torch()
     setattr(model, STATE, LowBitState(recipe, target, group, left, mode.dtype))

@@ -18,7 +18,7 @@ from dist_lowbit.decoder.torch_decoder import TorchDecoder
 
 from .bare import BareForCausalLM
 from .mode import Mode
-from .target import Target
+from .target import Target, family_why_not
 
 _EXECUTORS: dict[str, Any] = {"native": NativeDecoder, "torch": TorchDecoder}  # in order of preference
 
@@ -42,8 +42,8 @@ def choose_executor(program: Program, mode: Mode) -> Executor:
     raise UsageError("no decoder takes this model: " + "; ".join(reasons))
 
 
-def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> None:
-    """Swap the base model of a known family for the fused decoder; its modules keep their names.
+def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> bool:
+    """Swap the base model of a known family for the fused decoder; its modules keep their names. Return whether it was.
 
     A model that the family's data does not describe in full keeps Hugging Face's forward, and a line says why; where
     that forward cannot run, or a decoder was asked for by name, the reason is the error.
@@ -56,7 +56,7 @@ def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> N
         if mode.decoder != "auto" or needed is not None or mode.device_type != "cpu":
             raise
         logger.warning("Hugging Face's forward runs this model, slower than the decoder: %s", error)
-        return
+        return False
     parent, _, leaf = target.family.names.base.rpartition(".")
     check_group(group, mode)
     executor = choose_executor(program, mode)
@@ -68,6 +68,7 @@ def use_decoder(model: nn.Module, target: Target, group: Group, mode: Mode) -> N
             f"{target.family.names.base}.{target.family.names.embed}"
         ).weight = executor.program.embed.weight
         model.to(executor.device)
+    return True
 
 
 def check_group(group: Group, mode: Mode) -> None:
@@ -86,7 +87,7 @@ def require_decoder(model: nn.Module, target: Target, mode: Mode) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if target.family is None and mode.decoder in ("native", "torch"):
         raise UsageError(
-            f"decoder is {mode.decoder!r}, and {kind or type(model).__name__} is of no family it knows; leave it out",
+            f"decoder is {mode.decoder!r}, and {family_why_not(model)}; leave it out",
             argument="decoder",
         )
     if mode.kv_cache_dtype != "auto" and (target.family is None or not mode.optimize_llm):
@@ -96,11 +97,11 @@ def require_decoder(model: nn.Module, target: Target, mode: Mode) -> None:
             argument="kv_cache_dtype",
         )
     if target.family is None and kind is not None and mode.optimize_llm:
-        logger.warning("%s is no known family: Hugging Face's forward runs it, over low-bit Linears", kind)
+        logger.warning("%s: Hugging Face's forward runs it, over low-bit Linears", family_why_not(model))
     if target.family is None and mode.device_type != "cpu":
         raise UsageError(
-            f"device is {mode.device!r}, where models of known families run alone, and {type(model).__name__} is of "
-            "none; leave it out",
+            f"device is {mode.device!r}, where causal language models of known families run alone, and "
+            f"{family_why_not(model)}; leave it out",
             argument="device",
         )
 

@@ -7,7 +7,7 @@ dist_lowbit/__init__.py), so everything that imports transformers in turn is imp
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.quantizers import HfQuantizer
@@ -19,8 +19,12 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dist_lowbit.core.errors import UsageError
+from dist_lowbit.core.log import logger
 
 from .hf_files import QUANT_METHOD
+
+if TYPE_CHECKING:
+    from .mode import Mode
 
 # Patterns of names that transformers neither misses nor wonders about.
 _IGNORING = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
@@ -72,8 +76,6 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from dist_lowbit.decoder import ATTENTION_NAME
-
         from .build import set_submodule
         from .load import load_low_bit
         from .mode import mode_here, switched
@@ -84,10 +86,8 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, patterns in self._ignored.items():
             setattr(model, name, patterns)
         config: Any = model.config
-        # What the caller chose beside transformers' own default stays as it is.
-        own_steps = config._attn_implementation in (None, "sdpa", ATTENTION_NAME)
-        path = require_checkpoint(config._name_or_path)
-        return load_low_bit(model, path, mode=switched(mode_here(self._dtype), own_steps))
+        path, mode = require_checkpoint(config._name_or_path), mode_here(self._dtype)
+        return load_low_bit(model, path, mode=switched(mode, _takes_decoder(model, mode)))
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what this loader does not do: device maps beyond the CPU."""
@@ -109,6 +109,34 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Say that low-bit models are for inference."""
         return False
+
+
+def _takes_decoder(model: nn.Module, mode: Mode) -> bool:
+    """Return whether the decoder may take the place of the attention that transformers was asked for.
+
+    What the caller chose beside transformers' own default for the class stays as it is, and a line says so; beside a
+    decoder that the settings name it is a UsageError.
+    """
+    from dist_lowbit.decoder import ATTENTION_NAME
+
+    from .target import family_for
+
+    config: Any = model.config
+    asked = config._attn_implementation
+    # Where a class has no sdpa, eager is what transformers takes by itself, and does not tell from a caller's wish.
+    usual = (None, ATTENTION_NAME, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    if asked in usual or not mode.optimize_llm or family_for(model) is None:
+        return True  # nothing else was asked for, or no decoder would run anyway
+    if mode.decoder != "auto":
+        raise UsageError(
+            f"attn_implementation is {asked!r}, and DIST_LOWBIT_DECODER is {mode.decoder!r}, whose attention is its "
+            "own; leave one of the two out"
+        )
+    logger.warning(
+        "Hugging Face's forward runs this model, slower than the decoder: attn_implementation is %r; leave it out",
+        asked,
+    )
+    return False
 
 
 def register() -> None:

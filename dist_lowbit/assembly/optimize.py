@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from .weights import ModelWeights
 
 _MODE = ("torch_dtype", "compute", "decoder", "kv_cache_dtype", "device")
 OPTIONS = (*_MODE, "group_size")  # of the calls that quantize
+_SHOWN = 8  # names of modules in a line that suggests some: a decoder's layer has seven Linears
 
 
 def read_options(
@@ -70,11 +71,22 @@ def transposed_linears(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
+def _one_of_each(names: Iterable[str]) -> list[str]:
+    """Return the first few names that end differently: layers repeat the same ones."""
+    ends: dict[str, str] = {}
+    for name in names:
+        ends.setdefault(name.rpartition(".")[2], name)
+    return [*list(ends.values())[:_SHOWN], *(["..."] if len(ends) > _SHOWN else [])]
+
+
 def excluded(model: nn.Module, recipe: Recipe) -> frozenset[str]:
     """Return the Linears that a recipe leaves in high precision."""
     names = linears(model)
+    # A line and no error: the ancestors take such patterns in silence, and lists are written for several models at once
+    # (neural-compressor's own default names the heads of three families).
     for pattern in recipe.unused(names):
-        logger.warning("modules_to_not_convert: %r matches no Linear of this model", pattern)
+        some = ", ".join(_one_of_each(names))
+        logger.warning("modules_to_not_convert: %r matches no Linear of this model, which has %s", pattern, some)
     return frozenset(name for name in names if recipe.keeps(name))
 
 

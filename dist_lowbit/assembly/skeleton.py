@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
@@ -44,18 +45,28 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{directory} holds no config.json, so it is no model directory")
-    _check_code(directory, trust_remote_code)
+    values = _check_code(directory, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise UsageError(f"cannot read the config of {directory}: {str(error).splitlines()[0]}") from error
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+        kind = values.get("model_type")
+        if "AutoConfig" not in (values.get("auto_map") or {}) and str(kind) not in CONFIG_MAPPING:
+            raise UsageError(
+                f"{directory / 'config.json'} says {'no model_type' if kind is None else f'model_type {kind!r}'}; "
+                f"expected one that transformers {transformers.__version__} knows, such as llama; correct it, or "
+                "install a transformers that knows this model"
+            ) from error
+        raise UsageError(f"cannot read the config of {directory}: {' '.join(str(error).split())[:300]}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
-def _check_code(directory: Path, trusted: bool) -> None:
-    """Refuse a model of its own Python code unless that is trusted: transformers would ask at the terminal."""
+def _check_code(directory: Path, trusted: bool) -> dict[str, Any]:
+    """Return what config.json says; code of a model's own that is not trusted is a UsageError.
+
+    transformers would ask at the terminal.
+    """
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -68,6 +79,7 @@ def _check_code(directory: Path, trusted: bool) -> None:
             f"{directory} comes with Python code of its own; read it, then allow it with --trust-remote-code "
             f"(trust_remote_code=True)"
         )
+    return values
 
 
 def class_of(config: Any) -> Any:

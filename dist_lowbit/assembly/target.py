@@ -79,9 +79,23 @@ def family_for(model: nn.Module) -> Family | None:
     config = getattr(model, "config", None)
     family = family_of(config) if config is not None else None
     # A base model without its head, or a head of another kind, has other module names than the family's.
-    if family is not None and not all(_has(model, name) for name in family.required):
-        return None
-    return family
+    return None if family is None or _lacking(model, family) else family
+
+
+def family_why_not(model: nn.Module) -> str:
+    """Return why family_for finds no family, as the beginning of a sentence."""
+    config = getattr(model, "config", None)
+    family = family_of(config) if config is not None else None
+    if family is None:
+        return f"{getattr(config, 'model_type', None) or type(model).__name__} is no known family"
+    return (
+        f"{type(model).__name__} is not built as the causal language models of the family {family.model_type} are (it "
+        f"has no {_lacking(model, family)[0]})"
+    )
+
+
+def _lacking(model: nn.Module, family: Family) -> list[str]:
+    return [name for name in family.required if not _has(model, name)]
 
 
 def _has(model: nn.Module, name: str) -> bool:
@@ -106,8 +120,7 @@ def make_target(model: nn.Module, block_of: Callable[[str], int], tp: int, conve
         return Target(family, plan)
     shapes: Mapping[str, Shape] = {name: shape for name, shape in linears(model).items() if convert(name)}
     if tp > 1:
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        logger.warning("%s is no known family: each of the %d ranks holds the whole model", kind, tp)
+        logger.warning("%s: each of the %d ranks holds the whole model", family_why_not(model), tp)
     if not shapes and not linears(model):
         raise PlanError(f"{type(model).__name__} has no Linear layer, so there is nothing to quantize")
     _tell_leftovers(model)

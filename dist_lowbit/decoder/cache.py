@@ -182,17 +182,21 @@ def cache_why_not(cache: Cache | None) -> str | None:
 
 
 def _check_held(cache: Cache, batch: PagedBatch, held: int) -> None:
-    """Refuse keys of other rows than the input's, or of another model, whose numbers would be spread or cut."""
-    keys = batch.blocks.store.keys
-    if len(cache.layers) != len(keys):
-        raise UsageError(f"the cache has {len(cache.layers)} layers and the model {len(keys)}; it is another model's")
-    for index, (layer, own) in enumerate(zip(cache.layers, keys, strict=True)):
-        expected = [batch.rows, own.shape[1], held, own.shape[3]]
-        if own.shape[1] and list(layer.keys.shape) != expected:
-            raise UsageError(
-                f"layer {index} of the cache holds keys of shape {list(layer.keys.shape)}; expected {expected}: the "
-                "input's rows, this model's heads, the tokens seen and the head size"
-            )
+    """Refuse keys and values of other rows than the input's, or of another model: they would be spread or cut."""
+    store = batch.blocks.store
+    if len(cache.layers) != len(store.keys):
+        raise UsageError(
+            f"the cache has {len(cache.layers)} layers and the model {len(store.keys)}; it is another model's"
+        )
+    for index, layer in enumerate(cache.layers):
+        for what, found, own in (("keys", layer.keys, store.keys), ("values", layer.values, store.values)):
+            heads, size = own[index].shape[1], own[index].shape[3]
+            expected = [batch.rows, heads, held, size]
+            if heads and list(found.shape) != expected:
+                raise UsageError(
+                    f"layer {index} of the cache holds {what} of shape {list(found.shape)}; expected {expected}: the "
+                    "input's rows, this model's heads, the tokens seen and the head size"
+                )
 
 
 def adopt(

@@ -99,7 +99,19 @@ MODELS: dict[str, tuple[Words, str]] = {
         lambda p: ["convert", p.model(num_hidden_layers=3), p.out],
         r"holds no tensor model\.layers\.2\.",
     ),
-    "unknown type": (lambda p: ["convert", p.model(model_type="gpt9"), p.out], r"cannot read the config of .*gpt9"),
+    "unknown type": (
+        lambda p: ["convert", p.model(model_type="gpt9"), p.out],
+        r"/config\.json says model_type 'gpt9'; expected one that transformers \S+ knows, such as llama; correct",
+    ),
+    "no type": (lambda p: ["convert", p.model(model_type=None), p.out], r"/config\.json says no model_type; expected"),
+    "type is a list": (
+        lambda p: ["convert", p.model(model_type=[1]), p.out],
+        r"/config\.json says model_type \[1\]; exp",
+    ),
+    "a size is a text": (
+        lambda p: ["convert", p.model(hidden_size="x"), p.out],
+        r"cannot read the config of .*hidden_size.* expected int",
+    ),
     "config is no json": (lambda p: ["convert", p.broken("config.json", "{"), p.out], r"config\.json cannot be read"),
     "config is a list": (lambda p: ["convert", p.broken("config.json", "[]"), p.out], r"holds a list; expected an obj"),
     "weights are no tensors": (lambda p: ["convert", p.broken("model.safetensors", "x"), p.out], r"model\.safetensors"),

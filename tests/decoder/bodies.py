@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from typing import Any
@@ -170,6 +171,28 @@ def other_tokens(job: Job) -> Any:
             except UsageError as error:
                 said.append(str(error))
     return {"said": said, "drawn": drawn}
+
+
+@torch.inference_mode()
+def other_tokens_for_hugging_face(job: Job) -> Any:
+    """Call a cut model without the decoder with the same and with other inputs; return what was said and computed."""
+    said: list[str] = []
+    with init_group() as group:
+        model = optimize_model(tiny_model("llama"), "sym_int4", group=group, optimize_llm=False)
+        ids, own = torch.tensor([TEXT]), torch.tensor([[*TEXT[:-1], TEXT[-1] + group.rank]])
+        hidden = torch.ones_like(ids)
+        hidden[0, 0] = group.rank
+        embeds = model.get_input_embeddings()(ids) + group.rank  # type: ignore[operator]
+        calls: list[dict[str, Any]] = [{"input_ids": own}, {"inputs_embeds": embeds}]
+        calls += [{"input_ids": ids, "attention_mask": hidden}, {"input_ids": ids[:, : 3 + group.rank]}]
+        for call in calls:
+            try:
+                model(**call)
+            except UsageError as error:
+                said.append(str(error))
+        again = copy.deepcopy(model)
+        found = [digest(each(ids).logits) for each in (model, again)]
+    return {"said": said, "found": found}
 
 
 @torch.inference_mode()

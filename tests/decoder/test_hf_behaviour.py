@@ -398,6 +398,18 @@ def test_a_cache_that_does_not_fit_is_not_taken_over(
     assert not any(isinstance(layer, PagedLayer) for layer in cache.layers)
 
 
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_a_layer_of_a_cache_that_was_cut_is_not_taken_over(
+    part: str, plain: LlamaForCausalLM, fused: LlamaForCausalLM
+) -> None:
+    with torch.inference_mode():
+        cache = plain(prompts(2, 9), use_cache=True).past_key_values
+        setattr(cache.layers[1], part, getattr(cache.layers[1], part)[..., :8])
+        with pytest.raises(UsageError, match=rf"layer 1 .* {part} of shape \[2, 2, 9, 8\]; expected \[2, 2, 9, 16\]"):
+            fused(prompts(2, 2), past_key_values=cache)
+    assert not any(isinstance(layer, PagedLayer) for layer in cache.layers)
+
+
 def test_attention_weights_on_two_ranks_are_refused_before_anything_changes(decoder_ranks: Any) -> None:
     for rank in decoder_ranks("refused_attentions", 2)[1]:
         assert rank == {"told": [], "refused": 2, "same": True}
@@ -408,6 +420,14 @@ def test_ranks_that_go_on_with_different_tokens_are_refused_together(decoder_ran
     assert ranks[0] == ranks[1]
     assert len(ranks[0]["drawn"]) > 12
     assert len(ranks[0]["said"]) == 2
+    assert all(said.startswith("rank 1 was called with other tokens than rank 0; ") for said in ranks[0]["said"])
+
+
+def test_hugging_faces_forward_on_two_ranks_looks_at_the_tokens_too(decoder_ranks: Any) -> None:
+    ranks = decoder_ranks("other_tokens_for_hugging_face", 2)[1]
+    assert ranks[0] == ranks[1]
+    assert len(ranks[0]["said"]) == 4
+    assert ranks[0]["found"][0] == ranks[0]["found"][1], "a copy goes on in the same group"
     assert all(said.startswith("rank 1 was called with other tokens than rank 0; ") for said in ranks[0]["said"])
 
 
