@@ -51,7 +51,7 @@ def size(text: str) -> int:
     unit = text[-1:].upper() if text[-1:].isalpha() else ""
     digits = text[: len(text) - len(unit)]
     if not digits.isdecimal() or unit not in _UNITS or not 4 <= int(digits) * _UNITS[unit] <= _LIMIT:
-        raise UsageError(f"{text!r} is no size of a message; expected 4 to 1G bytes, such as 16K or 4M")
+        raise UsageError(f"--bytes holds {text!r}; expected sizes of 4 to 1G bytes, such as 16K or 4M")
     return int(digits) * _UNITS[unit]
 
 
@@ -62,7 +62,7 @@ def sizes(text: str) -> list[int]:
         first, dots, last = word.strip().partition("..")
         at, end = size(first), size(last if dots else first)
         if at > end:
-            raise UsageError(f"{word.strip()!r} is no range of sizes: it begins above its end; write {last}..{first}")
+            raise UsageError(f"--bytes holds {word.strip()!r}, which begins above its end; write {last}..{first}")
         while at <= end:
             found.append(at)
             at *= 2
@@ -74,12 +74,12 @@ def check_elements(sizes: Sequence[int], dtypes: Sequence[str]) -> None:
     for count in sizes:
         for dtype in dtypes:
             if count % DTYPES[dtype]:
-                raise UsageError(f"{count} bytes are no whole number of {dtype} elements of {DTYPES[dtype]} bytes")
+                raise UsageError(f"--bytes holds {count}, no whole number of {dtype} elements of {DTYPES[dtype]} bytes")
 
 
 def without_mpi(backends: Sequence[str], reason: str) -> list[str]:
     """Return the others of these backends, since mpi cannot be measured; UsageError if there are none."""
     others = [name for name in backends if name != "mpi"]
     if not others:
-        raise UsageError(f"mpi is the only backend asked for and cannot be measured: {reason}")
+        raise UsageError(f"--backends names mpi alone, which cannot be measured: {reason}")
     return others

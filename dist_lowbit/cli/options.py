@@ -9,7 +9,14 @@ import typer
 
 from dist_lowbit.core.errors import UsageError
 
-Checkpoint = Annotated[Path, typer.Argument(help="A low-bit checkpoint.")]
+
+def _directory(word: str) -> Path:
+    if not word:  # which pathlib takes for the current directory
+        raise UsageError("the directory of the checkpoint is an empty string; expected a low-bit checkpoint")
+    return Path(word)
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="A low-bit checkpoint.", parser=_directory)]
 Ranks = Annotated[
     int | None, typer.Option("-n", help="Ranks to start. Default: those this process was started with, else one.")
 ]

@@ -129,6 +129,13 @@ MODELS: dict[str, tuple[Words, str]] = {
         lambda p: ["generate", p.tmp / "no", "-n", 2],
         r"/no is no directory; expected one written by",
     ),
+    **{
+        f"{verb}: nothing": (
+            lambda p, verb=verb: [verb, ""],  # type: ignore[misc]
+            r"the directory of the checkpoint is an empty string; expected a low-bit checkpoint",
+        )
+        for verb in ("generate", "chat", "inspect")
+    },
     "generate: empty": (lambda p: ["generate", p.empty()], r"holds no model, no low-bit checkpoint"),
     "a damaged shard": (
         lambda p: ["generate", p.broken(next(p.checkpoint.glob("lowbit-*-00002-of-*")).name, "x", p.checkpoint)],
