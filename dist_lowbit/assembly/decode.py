@@ -87,13 +87,13 @@ def require_decoder(model: nn.Module, target: Target, mode: Mode) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if target.family is None and mode.decoder in ("native", "torch"):
         raise UsageError(
-            f"decoder is {mode.decoder!r}, and {family_why_not(model)}; leave it out",
+            f"decoder is {mode.decoder!r}, and {family_why_not(model)}; leave it, or DIST_LOWBIT_DECODER, out",
             argument="decoder",
         )
     if mode.kv_cache_dtype != "auto" and (target.family is None or not mode.optimize_llm):
         raise UsageError(
             f"kv_cache_dtype is {mode.kv_cache_dtype!r}, and Hugging Face's forward, which runs this model, has "
-            "a cache of its own; leave it out",
+            "a cache of its own; leave it, or DIST_LOWBIT_KV_CACHE_DTYPE, out",
             argument="kv_cache_dtype",
         )
     if target.family is None and kind is not None and mode.optimize_llm:

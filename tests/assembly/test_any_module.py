@@ -266,7 +266,10 @@ def test_an_unknown_family_says_that_hugging_faces_forward_runs(caplog: pytest.L
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"decoder": "native"}, "decoder is 'native', and gpt2 is no known family; leave it out"),
+        (
+            {"decoder": "native"},
+            "decoder is 'native', and gpt2 is no known family; leave it, or DIST_LOWBIT_DECODER, out",
+        ),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype is 'int8', and Hugging Face's forward, which runs this model"),
     ],
 )

@@ -129,7 +129,7 @@ def test_another_head_of_a_known_family(cls: Any, caplog: pytest.LogCaptureFixtu
         optimize_model(cls(config()))
     (said,) = messages(caplog)
     assert said.endswith(": Hugging Face's forward runs it, over low-bit Linears")
-    with pytest.raises(UsageError, match=f"decoder is 'torch', and {OTHER_HEADS[cls]}; leave it out") as caught:
+    with pytest.raises(UsageError, match=f"decoder is 'torch', and {OTHER_HEADS[cls]}; leave it, or DIST") as caught:
         optimize_model(cls(config()), decoder="torch")
     assert said.partition(":")[0] in str(caught.value)
 
