@@ -13,7 +13,9 @@
 namespace dlb {
 namespace {
 
-constexpr int64_t kAhead = 6;  // tiles of keys or values between the one at work and the one asked for
+// Bytes of the cache between what is read and what is asked for: many rows have arithmetic to do meanwhile, one has
+// not.
+constexpr int64_t kAheadBytes = 8 << 10, kAheadBytesOfOne = 24 << 10;
 
 inline int64_t pad16(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t kv_bytes(int32_t kv_type) { return kv_type == DLB_KV_FP32 ? 4 : kv_type == DLB_KV_INT8 ? 1 : 2; }
@@ -116,26 +118,37 @@ class BlockRun {
     }
 
     void merge(const Gathered& total, const Gathered& part) {
-        for (int64_t r = 0; r < block_.rows(); r++) {
+        float x[2 * kQueryRows], w[2 * kQueryRows];
+        const int64_t rows = block_.rows();
+        for (int64_t r = 0; r < rows; r++) {
+            x[2 * r] = x[2 * r + 1] = 0.0f;
             if (!part.any[r]) continue;
             const float m = part.m[r] > total.m[r] ? part.m[r] : total.m[r];
-            const float x[2] = {total.m[r] - m, part.m[r] - m};
-            float w[2];
-            kernels_.exp(x, w, 2);
-            total.l[r] = total.l[r] * w[0] + part.l[r] * w[1];
-            const int64_t at = r * plan_.value_dim;
-            kernels_.merge(total.o + at, part.o + at, w[0], w[1], static_cast<int>(plan_.value_dim));
+            x[2 * r] = total.m[r] - m;
+            x[2 * r + 1] = part.m[r] - m;
             total.m[r] = m;
+        }
+        kernels_.exp(x, w, 2 * rows);
+        for (int64_t r = 0; r < rows; r++) {
+            if (!part.any[r]) continue;
+            total.l[r] = total.l[r] * w[2 * r] + part.l[r] * w[2 * r + 1];
+            const int64_t at = r * plan_.value_dim;
+            kernels_.merge(total.o + at, part.o + at, w[2 * r], w[2 * r + 1], static_cast<int>(plan_.value_dim));
             total.any[r] = true;
         }
     }
 
     void finish(const Gathered& total) {
         for (int64_t r = 0; r < block_.rows(); r++) {
-            float* out = args_.out + query_batch() * args_.out_stride[0] + head(r) * args_.out_stride[1] +
-                         (sequence_.first_row + row(r)) * args_.out_stride[2];
-            const float* o = total.o + r * plan_.value_dim;
-            for (int64_t d = 0; d < args_.value_dim; d++) out[d] = total.any[r] ? o[d] / total.l[r] : 0.0f;
+            float* __restrict out = args_.out + query_batch() * args_.out_stride[0] + head(r) * args_.out_stride[1] +
+                                    (sequence_.first_row + row(r)) * args_.out_stride[2];
+            const float* __restrict o = total.o + r * plan_.value_dim;
+            const float l = total.l[r];
+            if (!total.any[r]) {
+                std::fill_n(out, args_.value_dim, 0.0f);
+                continue;
+            }
+            for (int64_t d = 0; d < args_.value_dim; d++) out[d] = o[d] / l;
         }
     }
 
@@ -205,6 +218,13 @@ class BlockRun {
                s % args_.block_size;
     }
 
+    // How many keys from j on are worked on between two requests of memory, none of them behind a block of the cache.
+    // One row passes over many in no time.
+    int64_t tile_keys(int64_t j, int64_t hi) const {
+        const int64_t most = block_.rows() == 1 ? kKeyTile / 2 : kKeyTile;
+        return std::min(most - (first_ + j) % most, hi - j);
+    }
+
     // Keys (or values) [j, j + n) of the chunk as fp32 rows padded with zeros: in place where that is what they are.
     const float* tile(const void* base, const int64_t* stride, const uint16_t* scales, int64_t j, int64_t n,
                       int64_t width, int64_t padded, int64_t* row_stride) {
@@ -241,8 +261,7 @@ class BlockRun {
         return args_.kv_type == DLB_KV_INT8 ? scales_at(scales, s) : nullptr;
     }
 
-    // A stretch of slots whose keys or values are asked for tile by tile: blocks of a cache lie apart, where no
-    // prefetcher goes.
+    // Slots of the cache whose keys or values will be read. Blocks of a cache lie apart, where no prefetcher goes.
     struct Stretch {
         const AttentionBlock* block;
         const void* base;
@@ -250,55 +269,66 @@ class BlockRun {
         int64_t begin, end, width;
     };
 
-    // Inlined, because GCC 12 takes what does nothing but prefetch for a function without effect and drops its calls.
-    inline __attribute__((always_inline)) void ask_for(const Stretch& from, int64_t tile) const {
-        const int64_t s = from.begin + tile * kKeyTile;
-        if (s >= from.end || from.stride[2] != from.width) return;
-        const char* at = slot_of(*from.block, from.base, from.stride, s);
-        const int64_t bytes = std::min(kKeyTile, from.end - s) * from.width * kv_bytes(args_.kv_type);
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
-    }
-
     // What is read from now on: this chunk's keys, its values, the next one's keys.
     void look_ahead(int64_t lo, int64_t hi, const ChunkOf& next) {
-        tiles_ = (hi - lo + kKeyTile - 1) / kKeyTile;
-        keys_ = {&block_, args_.k, args_.k_stride, first_ + lo, first_ + hi, args_.head_dim};
-        values_ = {&block_, args_.v, args_.v_stride, first_ + lo, first_ + hi, args_.value_dim};
-        next_ = {nullptr, args_.k, args_.k_stride, 0, 0, args_.head_dim};
+        ahead_[0] = {&block_, args_.k, args_.k_stride, first_ + lo, first_ + hi, args_.head_dim};
+        ahead_[1] = {&block_, args_.v, args_.v_stride, first_ + lo, first_ + hi, args_.value_dim};
+        ahead_[2] = {&block_, args_.k, args_.k_stride, 0, 0, args_.head_dim};
         if (next.block != nullptr) {
             const AttentionSequence& sequence = plan_.sequences[next.block->batch];
             const int64_t first = next.chunk * kKeyChunk - sequence.start;
-            visible_slots(args_, sequence, next.block->row_begin, &next_.begin, &next_.end);
-            next_.begin = std::max(first, next_.begin);
-            next_.end = std::min(first + kKeyChunk, next_.end);
-            next_.block = next.block;
+            visible_slots(args_, sequence, next.block->row_begin, &ahead_[2].begin, &ahead_[2].end);
+            ahead_[2].begin = std::max(first, ahead_[2].begin);
+            ahead_[2].end = std::min(first + kKeyChunk, ahead_[2].end);
+            ahead_[2].block = next.block;
         }
-        for (int64_t tile = -kAhead; tile < 0; tile++) ask_ahead(tile);
+        at_ = stop_ = nullptr;
+        ask(block_.rows() == 1 ? kAheadBytesOfOne : kAheadBytes);
     }
 
-    // While tile `at` is at work, counted over this chunk's keys and then its values.
-    inline __attribute__((always_inline)) void ask_ahead(int64_t at) const {
-        const int64_t tile = at + kAhead;
-        if (tile < tiles_)
-            ask_for(keys_, tile);
-        else if (tile < 2 * tiles_)
-            ask_for(values_, tile - tiles_);
-        else if (next_.block != nullptr)
-            ask_for(next_, tile - 2 * tiles_);
+    // Move on to the next slots that lie together; false behind the last.
+    __attribute__((noinline)) bool find_more() {
+        for (Stretch& from : ahead_) {
+            if (from.begin >= from.end || from.stride[2] != from.width) continue;
+            const int64_t size = args_.block_table ? args_.block_size : from.end;
+            const int64_t end = std::min(from.end, (from.begin / size + 1) * size);
+            at_ = slot_of(*from.block, from.base, from.stride, from.begin);
+            stop_ = at_ + (end - from.begin) * from.width * kv_bytes(args_.kv_type);
+            from.begin = end;
+            return true;
+        }
+        return false;
+    }
+
+    // Ask for so many more bytes: a little at a time, so that arithmetic goes on while memory answers. Inlined, because
+    // GCC 12 takes what does nothing but prefetch for a function without effect and drops its calls.
+    inline __attribute__((always_inline)) void ask(int64_t bytes) {
+        for (;;) {
+            const char* at = at_;
+            const char* const stop = std::min(stop_, at + bytes);
+            for (; at < stop; at += 64) __builtin_prefetch(at);
+            bytes -= at - at_;
+            at_ = at;
+            if (bytes <= 0 || !find_more()) return;
+        }
     }
 
     void scores(int64_t lo, int64_t hi) {
-        for (int64_t j = lo; j < hi; j += kKeyTile) {
-            const int64_t n = std::min(kKeyTile, hi - j);
-            ask_ahead((j - lo) / kKeyTile);
+        const int64_t bytes = args_.head_dim * kv_bytes(args_.kv_type);
+        for (int64_t j = lo, n; j < hi; j += n) {
+            n = tile_keys(j, hi);
             if (direct(first_ + j, n, args_.head_dim, plan_.dim)) {
+                ask(n * bytes / 2);
                 kv_.scores_stored(scratch_.q, slot(args_.k, args_.k_stride, first_ + j), args_.kv_type,
                                   args_.k_stride[2], scales_or_null(call_.k_scale, first_ + j), static_cast<int>(n),
                                   static_cast<int>(plan_.dim), args_.scale, scratch_.s + j);
+                ask(n * bytes / 2);
                 continue;
             }
             int64_t stride;
+            ask(n * bytes / 2);
             const float* k = tile(args_.k, args_.k_stride, call_.k_scale, j, n, args_.head_dim, plan_.dim, &stride);
+            ask(n * bytes / 2);
             kernels_.scores(scratch_.q, plan_.dim, static_cast<int>(block_.rows()), k, stride, static_cast<int>(n),
                             static_cast<int>(plan_.dim), args_.scale, scratch_.s + j, kKeyChunk);
         }
@@ -333,40 +363,46 @@ class BlockRun {
 
     // o = sum over keys of p v. A masked key is left out, not weighed with 0: its V may be anything.
     void values(int64_t lo, int64_t hi, const Gathered& part) {
-        const int64_t width = plan_.value_dim;
+        const int64_t width = plan_.value_dim, bytes = args_.value_dim * kv_bytes(args_.kv_type);
         std::fill_n(part.o, block_.rows() * width, 0.0f);
-        for (int64_t j = lo; j < hi; j += kKeyTile) {
-            const int64_t n = std::min(kKeyTile, hi - j);
-            ask_ahead(tiles_ + (j - lo) / kKeyTile);
+        for (int64_t j = lo, n; j < hi; j += n) {
+            n = tile_keys(j, hi);
             if (direct(first_ + j, n, args_.value_dim, width) && !scratch_.holes[0]) {
+                ask(n * bytes / 2);
                 kv_.accumulate_stored(scratch_.s + j, slot(args_.v, args_.v_stride, first_ + j), args_.kv_type,
                                       args_.v_stride[2], scales_or_null(call_.v_scale, first_ + j), static_cast<int>(n),
                                       static_cast<int>(width), part.o);
+                ask(n * bytes / 2);
                 continue;
             }
             int64_t stride;
+            ask(n * bytes / 2);
             const float* v = tile(args_.v, args_.v_stride, call_.v_scale, j, n, args_.value_dim, width, &stride);
-            bool whole = true;
-            for (int64_t r = 0; r < block_.rows(); r++)
-                whole = whole && part.any[r] && !scratch_.holes[r] && scratch_.lo[r] <= j && j + n <= scratch_.hi[r];
-            if (whole)
+            ask(n * bytes / 2);
+            // Keys in front of `common` are seen by all rows.
+            int64_t common = j + n;
+            for (int64_t r = 0; r < block_.rows(); r++) {
+                const bool sees_first = part.any[r] && !scratch_.holes[r] && scratch_.lo[r] <= j;
+                common = std::min(common, sees_first ? std::max(j, scratch_.hi[r]) : j);
+            }
+            if (common > j)
                 kernels_.accumulate(scratch_.s + j, kKeyChunk, static_cast<int>(block_.rows()), v, stride,
-                                    static_cast<int>(n), static_cast<int>(width), part.o, width);
-            else
-                for (int64_t r = 0; r < block_.rows(); r++)
-                    if (part.any[r]) row_values(r, j, n, v, stride, part.o + r * width);
+                                    static_cast<int>(common - j), static_cast<int>(width), part.o, width);
+            for (int64_t r = 0; common < j + n && r < block_.rows(); r++)
+                if (part.any[r]) row_values(r, common, j + n, v + (common - j) * stride, stride, part.o + r * width);
         }
     }
 
-    void row_values(int64_t r, int64_t j, int64_t n, const float* v, int64_t stride, float* o) {
-        const int64_t end = std::min(j + n, scratch_.hi[r]);
-        for (int64_t a = std::max(j, scratch_.lo[r]); a < end;) {
+    // Keys [begin, end), as far as the row sees them; v is the first one's.
+    void row_values(int64_t r, int64_t begin, int64_t end, const float* v, int64_t stride, float* o) {
+        end = std::min(end, scratch_.hi[r]);
+        for (int64_t a = std::max(begin, scratch_.lo[r]); a < end;) {
             int64_t b = end;
             if (scratch_.holes[r]) {
                 while (a < end && !scratch_.visible[r][a]) a++;
                 for (b = a; b < end && scratch_.visible[r][b];) b++;
             }
-            kernels_.accumulate(scratch_.s + r * kKeyChunk + a, kKeyChunk, 1, v + (a - j) * stride, stride,
+            kernels_.accumulate(scratch_.s + r * kKeyChunk + a, kKeyChunk, 1, v + (a - begin) * stride, stride,
                                 static_cast<int>(b - a), static_cast<int>(plan_.value_dim), o, plan_.value_dim);
             a = b;
         }
@@ -381,8 +417,8 @@ class BlockRun {
     const AttentionSequence& sequence_;
     Scratch& scratch_;
     int64_t first_ = 0;  // slot of the current chunk's first position; may be negative
-    int64_t tiles_ = 0;  // of its keys
-    Stretch keys_, values_, next_;
+    Stretch ahead_[3];
+    const char *at_ = nullptr, *stop_ = nullptr;  // of ahead_, what lies together
 };
 
 }  // namespace
