@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,6 @@ STORY = (
     "lamp. He said, do not worry, I can help you. They found the ball together and played in the garden until it was "
     "time to eat. Mom gave them warm soup and bread, and they were happy. "
 )
-KIB = 1024
 DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
@@ -99,28 +99,25 @@ def test_chunks_of_a_prompt_change_no_bit(dtype: str, loaded: Loaded, windows: t
 
 
 def resident(tensor: torch.Tensor) -> int:
-    """Return how many bytes of memory lie under a tensor, by the kernel's own count."""
-    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize
-    inside, found = False, 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ")[0] and not line.split(" ")[0].endswith(":"):
-            begin, end = (int(part, 16) for part in line.split(" ")[0].split("-"))
-            inside = begin < last and first < end
-        elif inside and line.startswith("Rss:"):
-            found += int(line.split()[1]) * KIB
-    return found
+    """Return how many bytes of memory lie under a tensor, by the kernel's own entries for its pages."""
+    page = os.sysconf("SC_PAGESIZE")
+    first, last = tensor.data_ptr() // page, -(-(tensor.data_ptr() + tensor.numel() * tensor.itemsize) // page)
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as entries:
+        entries.seek(8 * first)
+        pages = struct.unpack(f"<{last - first}Q", entries.read(8 * (last - first)))
+    return page * sum(entry >> 63 for entry in pages)  # bit 63: the page is there
 
 
 def test_the_memory_of_a_cache_is_taken_when_written_and_given_back_by_tensor() -> None:
     shape, size = (8, 4, 256, 64), 8 * 4 * 256 * 64 * 4
     memory = KvMemory([(shape, torch.float32)] * 3, "cpu")
-    assert resident(memory.tensors[0]) < size
+    assert [resident(tensor) for tensor in memory.tensors] == [0, 0, 0]
     assert all(not tensor.any() for tensor in memory.tensors)
     for tensor in memory.tensors:
         tensor.fill_(1.0)
-    assert resident(memory.tensors[0]) >= 3 * size
+    assert [resident(tensor) for tensor in memory.tensors] == [size, size, size]
     memory.drop(1)
-    assert resident(memory.tensors[0]) < 3 * size
+    assert [resident(tensor) for tensor in memory.tensors] == [size, 0, size]
     assert memory.tensors[0].all()
     assert not memory.tensors[1].any()
     assert memory.tensors[2].all()
