@@ -128,7 +128,7 @@ int Attention::run_blocks(bool store) {
             run.finish(scratch.total);
         }
     };
-    parallel(count, std::max<int64_t>(1, count / (8 * thread_count())), body);
+    parallel(count, std::max<int64_t>(1, count / (8 * thread_count())), body, Deal::kStreams);
     return failed.load() ? DLB_NO_MEMORY : DLB_OK;
 }
 

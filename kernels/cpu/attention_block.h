@@ -219,9 +219,9 @@ class BlockRun {
     }
 
     // How many keys from j on are worked on between two requests of memory, none of them behind a block of the cache.
-    // One row passes over many in no time.
+    // Few rows pass over many in no time.
     int64_t tile_keys(int64_t j, int64_t hi) const {
-        const int64_t most = block_.rows() == 1 ? kKeyTile / 2 : kKeyTile;
+        const int64_t most = 2 * block_.rows() <= kQueryRows ? kKeyTile / 2 : kKeyTile;
         return std::min(most - (first_ + j) % most, hi - j);
     }
 
