@@ -14,6 +14,8 @@
 
 #include <string.h>
 
+#include <type_traits>
+
 #include "api.h"
 #include "kernel_table.h"
 

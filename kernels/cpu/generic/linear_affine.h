@@ -66,6 +66,8 @@ struct AffineTile {
     static constexpr bool kSigned = (Kind == kTable8 || B0 == 8) && V::kSignedBytes;
     using Dot = typename V::template Dot<Kind == kTable8 ? kEntryBits : Kind == kTable5 ? 5 : B0 + B1, Tokens>;
     static constexpr int kHalves = V::kHalves;
+    // Whether Dot takes codes of four bits from the upper half of a byte where they are, sixteen times too large.
+    static constexpr bool kInPlace = Kind == kCodes && B0 == 4 && B1 == 0 && Dot::kInPlace;
 
     const LinearView& w;
     const uint8_t* panel;
@@ -107,7 +109,10 @@ struct AffineTile {
     DLB_INLINE void load_codes(const uint8_t* low, const uint8_t* high, Codes& codes) const {
         if constexpr (H < kHalves) {
             constexpr int kAt = H * V::kLanes * 4;
-            codes[H] = code_quad<V, B0, B1, Q, kTable>(low + kAt, high + kAt);
+            if constexpr (kInPlace)
+                codes[H] = V::and_(V::load(low + kAt + Q / 2 * kLineBytes), V::set1_8(Q % 2 == 0 ? 0x0f : 0xf0));
+            else
+                codes[H] = code_quad<V, B0, B1, Q, kTable>(low + kAt, high + kAt);
             if constexpr (kTable)
                 codes[H] = V::lookup(table, codes[H]);
             else if constexpr (kSigned)
@@ -197,10 +202,13 @@ struct AffineTile {
         }
     }
 
-    // Ask for what comes `kAhead` chunks later, in this panel or the next: each plane is a stream of its own.
+    // Whether memory is asked for in one line (line_of): more tokens have no registers to spare for it, and more to do.
+    static constexpr bool kInLine = B1 == 0 && Tokens <= 2;
+
+    // Ask for what comes `kAhead` chunks later, in this panel or the next; each plane is a stream of its own.
     static constexpr int64_t kAhead = V::kPrefetch / ((B0 + B1) * kLineBytes);
 
-    DLB_INLINE void ask_ahead(int64_t chunk, const uint8_t* low, const uint8_t* high) const {
+    DLB_INLINE void ask_planes(int64_t chunk, const uint8_t* low, const uint8_t* high) const {
         const bool last = chunk + kAhead >= all_chunks;
         const uint8_t* low_ahead = low + kAhead * B0 * kLineBytes;
         const uint8_t* high_ahead = high + kAhead * B1 * kLineBytes;
@@ -211,7 +219,7 @@ struct AffineTile {
     }
 
     // The same for the scales and offsets of a block, a line or less each.
-    DLB_INLINE void ask_ahead_of_groups(int64_t block) const {
+    DLB_INLINE void ask_groups(int64_t block) const {
         const int64_t ahead = block + blocks_ahead, bytes = w.scale_type == DLB_SCALE_FP16 ? 32 : 64;
         const uint8_t* base =
             ahead < all_blocks ? panel + ahead * bytes : panel + w.panel_bytes + (ahead - all_blocks) * bytes;
@@ -219,30 +227,67 @@ struct AffineTile {
         if (w.offset == DLB_OFFSET_MIN) __builtin_prefetch(base + w.offset_offset);
     }
 
+    // One plane and what belongs to its groups are asked for in one line from panel to panel, with each block as much
+    // as a block has: memory brings one behind the other, and nothing is to be decided on the way.
+    struct Line {
+        const uint8_t* at;
+        int64_t group_bytes;  // of scales and offsets for a block
+
+        DLB_INLINE void ask(int lines) {
+            for (int l = 0; l < lines; ++l) __builtin_prefetch(at + l * kLineBytes);
+            at += lines * kLineBytes;
+        }
+        DLB_INLINE void ask_groups(int64_t block) {
+            for (int64_t due = block * group_bytes % kLineBytes + group_bytes; due >= kLineBytes; due -= kLineBytes)
+                ask(1);
+        }
+    };
+    struct NoLine {};
+    using Ahead = std::conditional_t<kInLine, Line, NoLine>;
+
+    DLB_INLINE Ahead ahead_of(int64_t block) const {
+        if constexpr (kInLine) {
+            const int64_t groups = w.scale_step == 0 ? 0 : w.plane_offset[0] / all_blocks;
+            const int64_t codes = block * w.block / kChunk * (B0 * kLineBytes);
+            return {panel + V::kPrefetch + codes + block * groups / kLineBytes * kLineBytes, groups};
+        } else {
+            return {};
+        }
+    }
+
     // acc += one block of `chunks` chunks from `first` on.
-    DLB_INLINE void add_block(int64_t block, int64_t first, int64_t chunks, F (&acc)[kHalves][Tokens]) const {
+    DLB_INLINE void add_block(int64_t block, int64_t first, int64_t chunks, Ahead& ahead,
+                              F (&acc)[kHalves][Tokens]) const {
         const uint8_t* low = panel + w.plane_offset[0] + first * B0 * kLineBytes;
         const uint8_t* high = panel + w.plane_offset[1] + first * B1 * kLineBytes;
-        if (stream && w.scale_step != 0) ask_ahead_of_groups(block);
+        if (!kInLine && stream && w.scale_step != 0) ask_groups(block);
         Dots dots;
         begin<0, 0>(block, dots);
         for (int64_t c = 0; c < chunks; ++c) {
-            if (stream) ask_ahead(first + c, low, high);
+            if constexpr (kInLine) {
+                if (stream) ahead.ask(B0);
+            } else {
+                if (stream) ask_planes(first + c, low, high);
+            }
             step_quads<0>(low, high, (first + c) * kChunk, dots);
             low += B0 * kLineBytes;
             high += B1 * kLineBytes;
         }
+        if constexpr (kInLine) {
+            if (stream) ahead.ask_groups(block);
+        }
         add_halves<0>(block, dots, acc);
     }
 
-    void run_segment(int s, int64_t blocks) {
+    DLB_INLINE void run_segment(int s, int64_t blocks) {
         F acc[kHalves][Tokens];
         for (int h = 0; h < kHalves; ++h)
             for (int t = 0; t < Tokens; ++t) acc[h][t] = V::zero_f();
+        Ahead ahead = ahead_of(w.cuts[s]);
         for (int64_t b = w.cuts[s]; b < w.cuts[s + 1]; ++b) {
             const int64_t first = b * w.block / kChunk;
             const int64_t chunks = b + 1 == blocks ? w.last_chunks : w.block / kChunk;
-            add_block(b, first, chunks, acc);
+            add_block(b, first, chunks, ahead, acc);
         }
         for (int h = 0; h < kHalves; ++h)
             for (int t = 0; t < Tokens; ++t) value[s][h][t] = acc[h][t];

@@ -23,6 +23,7 @@ struct Avx2 : Base256 {
         // Keep the compiler from adding in a tree, whose leaves would not fit the registers.
         static inline void in_order(I& sum) { __asm__("" : "+x"(sum)); }
 
+        static constexpr bool kInPlace = false;  // the pairs would not fit an int16
         static constexpr int kPairs = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
         I narrow, wide;
 

@@ -21,6 +21,7 @@ struct Avx512 {
     struct Dot {
         // Two chains where few tokens leave the adder's latency bare.
         static constexpr int kChains = Tokens <= 4 ? 2 : 1;
+        static constexpr bool kInPlace = Bits == 4 && kChains == 2;  // exact: a block's sums fit int32 sixteenfold
         I part[kChains];
 
         inline void begin(I start) {
@@ -31,7 +32,11 @@ struct Avx512 {
         inline __attribute__((always_inline)) void step(I w, I x) {
             part[Q % kChains] = _mm512_dpbusd_epi32(part[Q % kChains], w, x);
         }
-        inline I sum() const { return kChains == 1 ? part[0] : _mm512_add_epi32(part[0], part[kChains - 1]); }
+        inline I sum() const {
+            if (kChains == 1) return part[0];
+            const I odd = part[kChains - 1];
+            return _mm512_add_epi32(part[0], kInPlace ? _mm512_srai_epi32(odd, 4) : odd);
+        }
     };
 
     static inline I load(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -19,6 +19,7 @@ struct AvxVnni : Base256 {
     struct Dot {
         // Two chains where few tokens leave the adder's latency bare.
         static constexpr int kChains = Tokens <= 2 ? 2 : 1;
+        static constexpr bool kInPlace = Bits == 4 && kChains == 2;  // exact: a block's sums fit int32 sixteenfold
         I part[kChains];
 
         inline void begin(I start) {
@@ -29,7 +30,11 @@ struct AvxVnni : Base256 {
         inline __attribute__((always_inline)) void step(I w, I x) {
             part[Q % kChains] = _mm256_dpbusd_avx_epi32(part[Q % kChains], w, x);
         }
-        inline I sum() const { return kChains == 1 ? part[0] : _mm256_add_epi32(part[0], part[kChains - 1]); }
+        inline I sum() const {
+            if (kChains == 1) return part[0];
+            const I odd = part[kChains - 1];
+            return _mm256_add_epi32(part[0], kInPlace ? _mm256_srai_epi32(odd, 4) : odd);
+        }
     };
 };
 
