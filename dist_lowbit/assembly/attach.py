@@ -55,7 +55,7 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         raise UsageError(f"labels is a {type(labels).__name__}; expected a torch.Tensor")
     expected = given.shape[:2]
     one_row = given.dim() > 1 and expected[0] == 1 and labels.shape == expected[1:]
-    if labels.dtype not in (torch.int64, torch.uint8) or (labels.shape != expected and not one_row):
+    if labels.dtype != torch.int64 or (labels.shape != expected and not one_row):
         raise UsageError(
             f"labels are {labels.dtype} of shape {list(labels.shape)}; expected torch.int64 of shape {list(expected)}: "
             "one for each token of the input, -100 where none is to be scored"

@@ -38,8 +38,8 @@ class Mode:
         if self.device_type != "cpu" and self.decoder not in ("auto", "torch"):
             what = "the compiled decoder" if self.decoder == "native" else "Hugging Face's forward over low-bit Linears"
             raise UsageError(
-                f"device is {self.device!r}, and {what} runs on the cpu; take the decoder 'torch' (with optimize_llm "
-                "on), or leave it out",
+                f"device is {self.device!r}, and {what} runs on the cpu; take the decoder 'torch', with optimize_llm "
+                "on, or leave the device out",
                 argument="device",
             )
 

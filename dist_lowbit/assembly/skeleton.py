@@ -31,8 +31,14 @@ def empty_model(cls: Any, config: Any, directory: str | Path, trust_remote_code:
     create = getattr(cls, "_from_config" if own else "from_config")
     if trust_remote_code and not own:
         kwargs["trust_remote_code"] = True
-    with init_empty_weights(include_buffers=False):
-        model = create(config, dtype=torch.float32, **kwargs)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = create(config, dtype=torch.float32, **kwargs)
+    except (ArithmeticError, LookupError, RuntimeError) as error:  # heads or sizes of 0 or less, an unknown rope
+        raise UsageError(
+            f"cannot build the model that {Path(directory) / 'config.json'} describes: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; correct its values"
+        ) from error
     model.config._name_or_path = str(directory)
     if (Path(directory) / "generation_config.json").is_file() and getattr(model, "can_generate", lambda: False)():
         model.generation_config = GenerationConfig.from_pretrained(str(directory))
@@ -48,7 +54,7 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
     values = _check_code(directory, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+    except (ValueError, ArithmeticError, OSError, LookupError, TypeError, StrictDataclassError) as error:
         kind = values.get("model_type")
         if "AutoConfig" not in (values.get("auto_map") or {}) and str(kind) not in CONFIG_MAPPING:
             raise UsageError(
@@ -56,7 +62,8 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Any:
                 f"expected one that transformers {transformers.__version__} knows, such as llama; correct it, or "
                 "install a transformers that knows this model"
             ) from error
-        raise UsageError(f"cannot read the config of {directory}: {' '.join(str(error).split())[:300]}") from error
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UsageError(f"cannot read the config of {directory}: {text}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -49,6 +49,6 @@ def config_of(shape: str) -> Any:
     if shape in SHAPES:
         fields = dict(SHAPES[shape])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    if Path(shape).is_dir():
+    if shape and Path(shape).is_dir():
         return read_config(shape)
     raise UsageError(f"--shape is {shape!r}; expected a directory with a config.json, or one of {', '.join(SHAPES)}")

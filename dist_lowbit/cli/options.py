@@ -41,7 +41,7 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
 def check_greedy(context: typer.Context) -> None:
     """Refuse options of drawing beside --greedy, which has no use for them."""
-    for name in ("temperature", "top_k", "top_p"):
+    for name in ("temperature", "top_k", "top_p", "seed"):
         source = context.get_parameter_source(name)
         if context.params["greedy"] and source is not None and source.name == "COMMANDLINE":
             raise UsageError(

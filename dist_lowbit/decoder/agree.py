@@ -43,7 +43,7 @@ def check_every_call(module: nn.Module, group: Group) -> None:
 
 
 class _SameInput:
-    """The hook of check_every_call; an object, so that a copied module's goes on with the same group."""
+    """The hook of check_every_call. A copied module's goes on with the same group, which is never copied."""
 
     def __init__(self, group: Group) -> None:
         self._group = group

@@ -64,7 +64,8 @@ void Attention::plan() {
         sequences.push_back(sequence_of(a, b));
         for (int64_t g = 0; g < a.kv_heads; g++) add_blocks(b, g, begin_[g], begin_[g + 1]);
     }
-    // Rows that come last see most: taken first, they leave the short work for the end.
+    // Rows that come last see most: taken first, they leave short work for the end of the first thread's range, where
+    // the others help.
     if (a.causal_offset != DLB_CAUSAL_NONE) std::reverse(blocks.begin(), blocks.end());
 }
 

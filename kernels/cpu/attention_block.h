@@ -218,8 +218,8 @@ class BlockRun {
                s % args_.block_size;
     }
 
-    // How many keys from j on are worked on between two requests of memory, none of them behind a block of the cache.
-    // Few rows pass over many in no time.
+    // How many keys from j on are worked on between two requests of memory, none of them behind a block of the cache
+    // whose slots are a multiple of theirs. Few rows pass over many in no time.
     int64_t tile_keys(int64_t j, int64_t hi) const {
         const int64_t most = 2 * block_.rows() <= kQueryRows ? kKeyTile / 2 : kKeyTile;
         return std::min(most - (first_ + j) % most, hi - j);
@@ -282,7 +282,7 @@ class BlockRun {
             ahead_[2].end = std::min(first + kKeyChunk, ahead_[2].end);
             ahead_[2].block = next.block;
         }
-        at_ = stop_ = nullptr;
+        left_ = 0;
         ask(block_.rows() == 1 ? kAheadBytesOfOne : kAheadBytes);
     }
 
@@ -293,7 +293,7 @@ class BlockRun {
             const int64_t size = args_.block_table ? args_.block_size : from.end;
             const int64_t end = std::min(from.end, (from.begin / size + 1) * size);
             at_ = slot_of(*from.block, from.base, from.stride, from.begin);
-            stop_ = at_ + (end - from.begin) * from.width * kv_bytes(args_.kv_type);
+            left_ = (end - from.begin) * from.width * kv_bytes(args_.kv_type);
             from.begin = end;
             return true;
         }
@@ -304,11 +304,12 @@ class BlockRun {
     // GCC 12 takes what does nothing but prefetch for a function without effect and drops its calls.
     inline __attribute__((always_inline)) void ask(int64_t bytes) {
         for (;;) {
-            const char* at = at_;
-            const char* const stop = std::min(stop_, at + bytes);
-            for (; at < stop; at += 64) __builtin_prefetch(at);
-            bytes -= at - at_;
-            at_ = at;
+            const int64_t lines = (std::min(left_, bytes) + 63) / 64;
+            for (int64_t i = 0; i < lines; i++) __builtin_prefetch(at_ + 64 * i);
+            const int64_t asked = std::min(left_, 64 * lines);
+            at_ += asked;
+            left_ -= asked;
+            bytes -= 64 * lines;
             if (bytes <= 0 || !find_more()) return;
         }
     }
@@ -418,7 +419,8 @@ class BlockRun {
     Scratch& scratch_;
     int64_t first_ = 0;  // slot of the current chunk's first position; may be negative
     Stretch ahead_[3];
-    const char *at_ = nullptr, *stop_ = nullptr;  // of ahead_, what lies together
+    const char* at_ = nullptr;  // of ahead_, what lies together and is to be asked for next
+    int64_t left_ = 0;          // bytes of it
 };
 
 }  // namespace

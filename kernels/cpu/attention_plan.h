@@ -11,7 +11,7 @@
 namespace dlb {
 
 constexpr int64_t kKeyChunk = 256;  // positions whose softmax is taken together; part of the definition of the result
-constexpr int64_t kKeyTile = 32;    // keys widened to fp32 at a time; any value gives the same bits
+constexpr int64_t kKeyTile = 32;    // keys widened to fp32 at a time; any even value gives the same bits
 constexpr int64_t kQueryRows = 32;  // query rows that share one reading of K and V
 
 struct FreeBuffer {

@@ -14,7 +14,7 @@
 
 #include <string.h>
 
-#include <type_traits>
+#include <type_traits>  // for generic/*.h, which are included inside a namespace
 
 #include "api.h"
 #include "kernel_table.h"
@@ -24,7 +24,10 @@ namespace dlb {
 constexpr int kChunk = 32;
 static_assert(kElements == DLB_ELEMENTS, "the table of kernels lacks an element");
 constexpr int64_t kHeaderBytes = 256;
-constexpr int64_t kMaxBlock = 32768;  // 255 * 127 * 32768 < 2^31: a block's dot product fits int32
+constexpr int64_t kMaxBlock = 32768;
+static_assert(255 * 127 * kMaxBlock < INT32_MAX, "a block's dot product fits int32");
+// Half a block's codes of four bits, sixteen times too large.
+static_assert(16 * 15 * 127 * (kMaxBlock / 2) < INT32_MAX, "and so does what Dot::kInPlace sums");
 
 struct PackedHeader {
     char magic[8];

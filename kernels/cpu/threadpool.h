@@ -9,7 +9,7 @@ using TaskFn = void (*)(void* context, int64_t begin, int64_t end);
 
 // How a loop reaches the threads.
 enum class Deal {
-    kInOrder,  // pieces in order, by whoever is free: for work of unequal size, the largest first
+    kInOrder,  // pieces in order, by whoever is free
     kStreams,  // each thread a range of its own, one stream of memory, and then what is left of the others'
 };
 

@@ -156,6 +156,7 @@ LABELS: dict[str, tuple[Any, str]] = {
     "other rows": (ids(1), r"of shape \[1, 7\]; expected torch.int64 of shape \[2, 7\]"),
     "flat": (ids().flatten(), r"of shape \[14\]; expected torch.int64 of shape \[2, 7\]"),
     "no integers": (ids().float(), r"labels are torch.float32 of shape \[2, 7\]; expected torch.int64"),
+    "bytes": (ids().to(torch.uint8), r"labels are torch.uint8 of shape \[2, 7\]; expected torch.int64"),
     "a list": ([[1, 2]], "labels is a list; expected a torch.Tensor"),
 }
 

@@ -103,6 +103,13 @@ MODELS: dict[str, tuple[Words, str]] = {
         lambda p: ["convert", p.model(model_type="gpt9"), p.out],
         r"/config\.json says model_type 'gpt9'; expected one that transformers \S+ knows, such as llama; correct",
     ),
+    **{
+        f"config: {name} is {value!r}": (
+            lambda p, name=name, value=value: ["convert", p.model(**{name: value}), p.out],  # type: ignore[misc]
+            r"config\.json describes: \w+Error: .*; correct its values|cannot read the config of",
+        )
+        for name, value in (("num_attention_heads", 0), ("hidden_size", -64), ("rope_scaling", {"type": "zzz"}))
+    },
     "no type": (lambda p: ["convert", p.model(model_type=None), p.out], r"/config\.json says no model_type; expected"),
     "type is a list": (
         lambda p: ["convert", p.model(model_type=[1]), p.out],
@@ -189,8 +196,12 @@ MODELS: dict[str, tuple[Words, str]] = {
             rf"error: {option} is 1(\.0)?, and --greedy always takes the most likely token; leave one of the two out",
         )
         for verb in ("generate", "chat")
-        for option in ("--temperature", "--top-k", "--top-p")
+        for option in ("--temperature", "--top-k", "--top-p", "--seed")
     },
+    "bench decode: empty shape": (
+        lambda p: ["bench", "decode", "--shape", ""],
+        "error: --shape is ''; expected a directory",
+    ),
     "decoder": (
         lambda p: ["generate", p.checkpoint, "--decoder", "fast"],
         r"--decoder is 'fast'; expected auto, native",

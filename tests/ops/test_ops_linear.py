@@ -96,6 +96,25 @@ def test_equals_reference_for_every_isa_thread_and_m(
                         assert torch.equal(got, want[:m]), f"{isa}, {threads} threads, M={m}, {group_size}, {cuts}"
 
 
+@pytest.mark.parametrize("format", [name for name in CODES if FORMATS[name].bits in (4, 8)])
+@pytest.mark.parametrize("end", [1.0, -1.0])
+def test_the_sums_of_the_largest_block_fit_int32(format: str, end: float, library: ctypes.CDLL) -> None:
+    k = 32768
+    weight = torch.full((17, k), end)
+    weight[:, 0] = -1.2 * end  # so that all other codes are at one end, or next to it
+    odd = (torch.arange(k) // 4) % 2 == 1  # quads of x that meet the upper halves of bytes
+    x = torch.stack([torch.ones(k), -torch.ones(k), torch.where(odd, 1.0, -1.0)])
+    packed = quantize(weight, format, k)
+    spec = ops.LinearSpec.of(packed)
+    kernel = ops.choose(spec)
+    opaque = kernel.prepack(packed, spec)
+    want = reference.linear(x, packed, spec.cuts, "int8")
+    for isa in isa_names():
+        ops.select_isa(isa)
+        for m in (1, 2, 3):
+            assert torch.equal(run(kernel, x[:m], opaque, 17), want[:m]), f"{isa}, M={m}"
+
+
 @pytest.mark.parametrize("format", list(FORMATS))
 @pytest.mark.parametrize(
     "shape", [(7, 1), (8, 64), (33, 100), (64, 576), (3, 0), (0, 64)], ids=lambda s: f"{s[0]}x{s[1]}"

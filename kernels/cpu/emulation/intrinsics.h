@@ -31,6 +31,11 @@ inline simde__m512 cvtepi32_ps(simde__m512i a) {
     return join(_mm256_cvtepi32_ps(halves.m256i[0]), _mm256_cvtepi32_ps(halves.m256i[1]));
 }
 
+inline simde__m512i srai_epi32(simde__m512i a, int by) {
+    const simde__m512i_private halves = simde__m512i_to_private(a);
+    return join(_mm256_srai_epi32(halves.m256i[0], by), _mm256_srai_epi32(halves.m256i[1], by));
+}
+
 inline simde__m512 cvtph_ps(__m256i a) {
     return join(_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
 }
@@ -76,6 +81,7 @@ __attribute__((noinline)) inline __m256i dpbusd(__m256i sum, __m256i codes, __m2
 #undef _mm256_dpbusd_avx_epi32
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtph_ps
+#undef _mm512_srai_epi32
 #undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtepu16_epi32
@@ -85,6 +91,7 @@ __attribute__((noinline)) inline __m256i dpbusd(__m256i sum, __m256i codes, __m2
 #define _mm256_dpbusd_avx_epi32(sum, codes, x) ::dlb::dpbusd(sum, codes, x)
 #define _mm512_cvtepi32_ps(a) ::dlb::cvtepi32_ps(a)
 #define _mm512_cvtph_ps(a) ::dlb::cvtph_ps(a)
+#define _mm512_srai_epi32(a, by) ::dlb::srai_epi32(a, by)
 #define _mm512_cvtepu8_epi32(a) ::dlb::cvtepu8_epi32(a)
 #define _mm512_cvtepi8_epi32(a) ::dlb::cvtepi8_epi32(a)
 #define _mm512_cvtepu16_epi32(a) ::dlb::cvtepu16_epi32(a)

@@ -6,7 +6,8 @@
 //   load_table lookup           a table of 16 bytes, and its entries at the codes
 //   kPrefetch                   bytes ahead of their use that weights are asked for
 //   load and_ or_ set1_8 srl16<s> sll16<s> quad zero_f      quad: four bytes of x in every lane
-//   Dot<bits, tokens>           exact int32 sums: begin(start), step<q>(w, x) for q = 0 .. 7 of a chunk, sum()
+//   Dot<bits, tokens>           exact int32 sums: begin(start), step<q>(w, x) for q = 0 .. 7 of a chunk, sum();
+//                               kInPlace: steps of odd q take w sixteen times too large, and sum() makes up for it
 //   widen_codes scale16 scale32 set1_f set1_32 sub_scaled to_f add mul store     see the ISA files
 
 // Unrolling is by templates that hand references on: lambdas would leave the sums in memory (GCC 12).
@@ -68,6 +69,7 @@ struct AffineTile {
     static constexpr int kHalves = V::kHalves;
     // Whether Dot takes codes of four bits from the upper half of a byte where they are, sixteen times too large.
     static constexpr bool kInPlace = Kind == kCodes && B0 == 4 && B1 == 0 && Dot::kInPlace;
+    static_assert(kInPlace || !Dot::kInPlace, "Dot would shift back what it did not get shifted");
 
     const LinearView& w;
     const uint8_t* panel;
@@ -202,7 +204,8 @@ struct AffineTile {
         }
     }
 
-    // Whether memory is asked for in one line (line_of): more tokens have no registers to spare for it, and more to do.
+    // Whether memory is asked for in one line (ahead_of): more tokens have no registers to spare for it, and more to
+    // do.
     static constexpr bool kInLine = B1 == 0 && Tokens <= 2;
 
     // Ask for what comes `kAhead` chunks later, in this panel or the next; each plane is a stream of its own.
@@ -249,7 +252,8 @@ struct AffineTile {
         if constexpr (kInLine) {
             const int64_t groups = w.scale_step == 0 ? 0 : w.plane_offset[0] / all_blocks;
             const int64_t codes = block * w.block / kChunk * (B0 * kLineBytes);
-            return {panel + V::kPrefetch + codes + block * groups / kLineBytes * kLineBytes, groups};
+            const int64_t shared = block * groups / kLineBytes * kLineBytes;
+            return {panel + w.plane_offset[0] + V::kPrefetch + codes + shared, groups};
         } else {
             return {};
         }

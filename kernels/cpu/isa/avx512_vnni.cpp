@@ -21,7 +21,7 @@ struct Avx512 {
     struct Dot {
         // Two chains where few tokens leave the adder's latency bare.
         static constexpr int kChains = Tokens <= 4 ? 2 : 1;
-        static constexpr bool kInPlace = Bits == 4 && kChains == 2;  // exact: a block's sums fit int32 sixteenfold
+        static constexpr bool kInPlace = Bits == 4 && kChains == 2;  // exact: kMaxBlock in layout.h
         I part[kChains];
 
         inline void begin(I start) {
