@@ -13,8 +13,7 @@
 namespace dlb {
 namespace {
 
-// Bytes of the cache between what is read and what is asked for: many rows have arithmetic to do meanwhile, one has
-// not.
+// Bytes of the cache between what is read and what is asked for: one row has no arithmetic to do meanwhile.
 constexpr int64_t kAheadBytes = 8 << 10, kAheadBytesOfOne = 24 << 10;
 
 inline int64_t pad16(int64_t n) { return (n + 15) / 16 * 16; }
@@ -318,8 +317,8 @@ class BlockRun {
         const int64_t bytes = args_.head_dim * kv_bytes(args_.kv_type);
         for (int64_t j = lo, n; j < hi; j += n) {
             n = tile_keys(j, hi);
+            ask(n * bytes / 2);
             if (direct(first_ + j, n, args_.head_dim, plan_.dim)) {
-                ask(n * bytes / 2);
                 kv_.scores_stored(scratch_.q, slot(args_.k, args_.k_stride, first_ + j), args_.kv_type,
                                   args_.k_stride[2], scales_or_null(call_.k_scale, first_ + j), static_cast<int>(n),
                                   static_cast<int>(plan_.dim), args_.scale, scratch_.s + j);
@@ -327,7 +326,6 @@ class BlockRun {
                 continue;
             }
             int64_t stride;
-            ask(n * bytes / 2);
             const float* k = tile(args_.k, args_.k_stride, call_.k_scale, j, n, args_.head_dim, plan_.dim, &stride);
             ask(n * bytes / 2);
             kernels_.scores(scratch_.q, plan_.dim, static_cast<int>(block_.rows()), k, stride, static_cast<int>(n),
@@ -368,8 +366,8 @@ class BlockRun {
         std::fill_n(part.o, block_.rows() * width, 0.0f);
         for (int64_t j = lo, n; j < hi; j += n) {
             n = tile_keys(j, hi);
+            ask(n * bytes / 2);
             if (direct(first_ + j, n, args_.value_dim, width) && !scratch_.holes[0]) {
-                ask(n * bytes / 2);
                 kv_.accumulate_stored(scratch_.s + j, slot(args_.v, args_.v_stride, first_ + j), args_.kv_type,
                                       args_.v_stride[2], scales_or_null(call_.v_scale, first_ + j), static_cast<int>(n),
                                       static_cast<int>(width), part.o);
@@ -377,7 +375,6 @@ class BlockRun {
                 continue;
             }
             int64_t stride;
-            ask(n * bytes / 2);
             const float* v = tile(args_.v, args_.v_stride, call_.v_scale, j, n, args_.value_dim, width, &stride);
             ask(n * bytes / 2);
             // Keys in front of `common` are seen by all rows.

@@ -204,8 +204,7 @@ struct AffineTile {
         }
     }
 
-    // Whether memory is asked for in one line (ahead_of): more tokens have no registers to spare for it, and more to
-    // do.
+    // Whether memory is asked for in one line (ahead_of): more tokens have more to do and no registers to spare.
     static constexpr bool kInLine = B1 == 0 && Tokens <= 2;
 
     // Ask for what comes `kAhead` chunks later, in this panel or the next; each plane is a stream of its own.
